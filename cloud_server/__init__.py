@@ -1,0 +1,1 @@
+"""The cloud: answers questions about photos that arrive as bitstreams."""

@@ -1,0 +1,150 @@
+"""The one path from a conversation to an answer, which every front shares.
+
+    bitstreams -> entropy-decode -> y_hat -> transform-neck -> CLIP from block 2 -> backend -> text
+
+Models run on a thread of their own, one request at a time, so that the event loop never waits for them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from shared.conversation import Answer, Conversation, ServerProfile
+from shared.errors import BadInput, ProfileMismatch, UnknownName
+
+if TYPE_CHECKING:
+    from cloud_server.pipeline import Pipeline
+    from cloud_server.settings import ServerSettings
+
+log = logging.getLogger(__name__)
+Event = str | Answer | BaseException
+
+
+class Engine:
+    """Answers conversations with the models of one profile."""
+
+    def __init__(self, pipeline: Pipeline, settings: ServerSettings) -> None:
+        self._pipeline = pipeline
+        self._settings = settings
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+
+    @classmethod
+    def load(cls, settings: ServerSettings) -> Engine:
+        """Loads every model of the profile, fetching what is missing.
+
+        Raises:
+            UnknownName: no such profile.
+            WeightsUnavailable: an artefact could not be had.
+        """
+        from cloud_server.pipeline import Pipeline
+
+        return cls(Pipeline.load(settings.profile, settings.device, settings.threads), settings)
+
+    def server_profile(self) -> ServerProfile:
+        """What a client must know to encode for this server."""
+        profile, settings = self._pipeline.profile, self._settings
+        return ServerProfile(
+            profile=profile.name,
+            codec_digest=self._pipeline.codec.digest_bytes.hex(),
+            scenario=profile.scenario,
+            rate=profile.rate,
+            backends=tuple(self._pipeline.backends),
+            max_request_bytes=settings.max_request_bytes,
+            max_images=settings.max_images,
+            max_tokens=settings.max_tokens,
+            version=version("comneck"),
+        )
+
+    async def answer(self, conversation: Conversation) -> Answer:
+        """The whole answer."""
+        async for event in self.stream(conversation):
+            if isinstance(event, Answer):
+                return event
+        raise AssertionError("a stream ends with its answer")
+
+    async def stream(self, conversation: Conversation) -> AsyncGenerator[str | Answer]:
+        """Pieces of text as they are written, then the answer. Closing the iterator stops the writing.
+
+        Raises:
+            ComneckError: whatever is wrong with the conversation, before the first piece.
+        """
+        self._check(conversation)
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[Event] = asyncio.Queue()
+        stopped = threading.Event()
+
+        def emit(event: Event) -> None:
+            with suppress(RuntimeError):  # the loop is gone: nobody listens any more
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        asked = time.perf_counter()
+        self._thread.submit(self._work, conversation, asked, emit, stopped)
+        try:
+            while True:
+                event = await events.get()
+                if isinstance(event, BaseException):
+                    raise event
+                yield event
+                if isinstance(event, Answer):
+                    return
+        finally:
+            stopped.set()
+
+    async def close(self) -> None:
+        """Waits for the request in hand; none is taken any more."""
+        await asyncio.get_running_loop().run_in_executor(None, self._thread.shutdown)
+
+    def _check(self, conversation: Conversation) -> None:
+        settings, images = self._settings, len(conversation.images)
+        if not conversation.prompt:
+            raise BadInput('the prompt is empty: say what you want to know, "describe this" for instance')
+        if conversation.backend and conversation.backend not in self._pipeline.backends:
+            raise UnknownName(
+                f"no backend named {conversation.backend!r} here; there are: {', '.join(self._pipeline.backends)}"
+            )
+        limit = min(settings.max_images, self._pipeline.backend(conversation.backend).max_images)
+        if images > limit:
+            raise BadInput(f"{images} photos in one conversation; this backend takes at most {limit}")
+        generation = conversation.generation
+        if not 1 <= generation.max_tokens <= settings.max_tokens:
+            raise BadInput(f"max_tokens {generation.max_tokens} is outside 1 to {settings.max_tokens}")
+        if not 0 <= generation.temperature <= 2:
+            raise BadInput(f"temperature {generation.temperature} is outside 0 to 2")
+        if not 0 < generation.top_p <= 1:
+            raise BadInput(f"top_p {generation.top_p} is outside 0 (excluded) to 1")
+        profile, digest = self._pipeline.profile, self._pipeline.codec.digest_bytes
+        expected = (digest, profile.preparation.height, profile.preparation.width)
+        for image in conversation.images:
+            given = (image.codec_digest, image.height, image.width)
+            if given != expected:
+                raise ProfileMismatch(
+                    f"a photo was encoded by codec {_name(given)}; this server runs profile {profile.name!r}, which is "
+                    f"codec {_name(expected)}: encode with that profile"
+                )
+
+    def _work(
+        self, conversation: Conversation, asked: float, emit: Callable[[Event], None], stopped: threading.Event
+    ) -> None:
+        try:
+            if stopped.is_set():
+                return
+            queue = 1000 * (time.perf_counter() - asked)
+            for event in self._pipeline.answer(conversation, queue):
+                emit(event)
+                if stopped.is_set():
+                    return
+        except BaseException as problem:
+            emit(problem)
+
+
+def _name(codec: tuple[bytes, int, int]) -> str:
+    digest, height, width = codec
+    return f"{digest.hex()} at {width}x{height}"

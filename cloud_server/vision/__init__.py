@@ -1,0 +1,1 @@
+"""From latents to what a backend reads: the transform-neck and CLIP."""

@@ -1,0 +1,374 @@
+"""The SDK: asks a comneck server about photos.
+
+Client and AsyncClient offer the same. What needs no waiting is in _Session, which both share: making a request, reading
+an answer, naming an error. They add the calls and nothing else, so there is little that could drift.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Self, TypedDict, Unpack
+
+import grpc
+
+from edge_client.encoder import Encoder, jpeg_size
+from shared.bitstream import Bitstream
+from shared.conversation import Answer, Conversation, Generation, ServerProfile
+from shared.errors import BadInput, ProfileMismatch, ServerFailed, TooLarge
+from shared.images import Photo
+from shared.wire import GRPC_PORT, convert
+from shared.wire.comneck.v1 import comneck_pb2 as pb
+from shared.wire.comneck.v1 import comneck_pb2_grpc as pb_grpc
+from shared.wire.errors import from_status
+
+ImageSource = str | Path | bytes | Photo | Bitstream
+"""A path, the bytes of a picture file, pixels, or what is encoded already."""
+
+DEFAULT_SERVER = f"127.0.0.1:{GRPC_PORT}"
+PROFILE_TIMEOUT = 10.0  # seconds; the server answers that one without its models
+
+NO_END = "{} ended the answer without its last message"
+
+_SERVICE = pb.DESCRIPTOR.services_by_name["ComneckService"].full_name
+_CHANNEL_OPTIONS = [
+    ("grpc.min_reconnect_backoff_ms", 3000),  # how long one attempt to connect may take, too
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 5000),
+    (
+        "grpc.service_config",
+        json.dumps(
+            {
+                "methodConfig": [
+                    {
+                        # Not AnswerStream: its first pieces may have been shown.
+                        "name": [{"service": _SERVICE, "method": method} for method in ("GetProfile", "Answer")],
+                        "retryPolicy": {
+                            "maxAttempts": 3,
+                            "initialBackoff": "0.2s",
+                            "maxBackoff": "1s",
+                            "backoffMultiplier": 2,
+                            "retryableStatusCodes": ["UNAVAILABLE"],
+                        },
+                    }
+                ]
+            }
+        ),
+    ),
+]
+
+
+class Options(TypedDict, total=False):
+    """What a question may say beyond photo and prompt.
+
+    Attributes:
+        backend: who is to answer; the server's default where left out.
+        generation: how the answer is written.
+    """
+
+    backend: str
+    generation: Generation
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a question cost.
+
+    Attributes:
+        bytes_payload: of the bitstreams.
+        bytes_wire: of the request message: bitstreams, text and options.
+        pixels: of the codec's inputs.
+        bytes_jpeg75: of the same prepared photos as JPEG of quality 75; None where a bitstream was given.
+        load: loading the codec, in milliseconds; 0 from the second question on.
+        encode: preparing and encoding, in milliseconds.
+        network: round trip without the server's own times, in milliseconds.
+    """
+
+    bytes_payload: int
+    bytes_wire: int
+    pixels: int
+    bytes_jpeg75: int | None
+    load: float
+    encode: float
+    network: float
+
+    @property
+    def bpp(self) -> float:
+        """Bits per pixel of the codec's input; 0 without photos."""
+        return 8 * self.bytes_payload / self.pixels if self.pixels else 0.0
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer and what it cost."""
+
+    answer: Answer
+    receipt: Receipt
+
+    @property
+    def text(self) -> str:
+        return self.answer.text
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A request ready to go, and the part of its receipt that is known by then."""
+
+    request: pb.AnswerRequest
+    bitstreams: tuple[Bitstream, ...]
+    bytes_jpeg75: int | None
+    load: float
+    encode: float
+
+    @property
+    def stream_request(self) -> pb.AnswerStreamRequest:
+        return pb.AnswerStreamRequest(conversation=self.request.conversation)
+
+    def event(self, response: pb.AnswerStreamResponse, sent: float) -> str | Reply:
+        return self.reply(response.answer, sent) if response.HasField("answer") else response.text
+
+    def reply(self, message: pb.Answer, sent: float) -> Reply:
+        """``sent``: what perf_counter() said when the request left."""
+        round_trip = 1000 * (perf_counter() - sent)
+        answer = convert.answer_from_wire(message)
+        times = answer.timings
+        receipt = Receipt(
+            bytes_payload=sum(map(len, self.bitstreams)),
+            bytes_wire=self.request.ByteSize(),
+            pixels=sum(bitstream.height * bitstream.width for bitstream in self.bitstreams),
+            bytes_jpeg75=self.bytes_jpeg75,
+            load=self.load,
+            encode=self.encode,
+            network=max(0.0, round_trip - times.queue - times.decode - times.vision - times.generation),
+        )
+        return Reply(answer, receipt)
+
+
+class _Session:
+    """What both clients know and do without waiting for a server.
+
+    Args:
+        server: HOST:PORT of its gRPC front.
+        timeout: seconds that an answer may take.
+    """
+
+    def __init__(self, server: str = DEFAULT_SERVER, *, timeout: float = 60.0) -> None:
+        host, _, port = server.rpartition(":")
+        if not host or "/" in host or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise BadInput(f"the server {server!r} is no HOST:PORT such as {DEFAULT_SERVER}")
+        if not timeout > 0:
+            raise BadInput(f"the timeout is {timeout:g} s; it must be more than 0")
+        self.server = server
+        self.timeout = timeout
+        self._profile: ServerProfile | None = None
+        self._encoder: Encoder | None = None
+        self._loading = threading.Lock()
+        self._profile_timeout = min(timeout, PROFILE_TIMEOUT)
+
+    @contextmanager
+    def _naming_errors(self) -> Generator[None]:
+        try:
+            yield
+        except grpc.RpcError as problem:
+            error = from_status(problem, self.server)
+            if isinstance(error, ProfileMismatch):
+                self._profile = self._encoder = None  # the server was replaced: ask it anew next time
+            raise error from problem
+
+    def _draft(
+        self, server: ServerProfile, images: ImageSource | Sequence[ImageSource], prompt: str, options: Options
+    ) -> _Draft:
+        """Encodes, and refuses what the server would refuse for its size."""
+        sources = [images] if isinstance(images, ImageSource) else list(images)
+        if len(sources) > server.max_images:
+            raise TooLarge(f"{len(sources)} photos; {self.server} takes at most {server.max_images} in one request")
+        start = perf_counter()
+        encoder = self._encoder_for(server) if any(not isinstance(s, Bitstream) for s in sources) else None
+        loaded = perf_counter()
+        bitstreams: list[Bitstream] = []
+        photos: list[Photo] = []
+        for source in sources:
+            if isinstance(source, Bitstream):
+                bitstreams.append(source)
+            elif encoder:
+                photos.append(encoder.prepare(Path(source) if isinstance(source, str) else source))
+                bitstreams.append(encoder.encode(photos[-1]))
+        encoded = perf_counter()
+        conversation = Conversation(
+            parts=(*bitstreams, prompt),
+            backend=options.get("backend", ""),
+            generation=options.get("generation", Generation()),
+        )
+        request = pb.AnswerRequest(conversation=convert.conversation_to_wire(conversation))
+        if request.ByteSize() > server.max_request_bytes:
+            raise TooLarge(
+                f"the request has {request.ByteSize():,} bytes; {self.server} takes at most "
+                f"{server.max_request_bytes:,}: send fewer photos or a shorter prompt"
+            )
+        return _Draft(
+            request=request,
+            bitstreams=tuple(bitstreams),
+            bytes_jpeg75=sum(map(jpeg_size, photos)) if photos and len(photos) == len(sources) else None,
+            load=1000 * (loaded - start),
+            encode=1000 * (encoded - loaded),
+        )
+
+    def _encoder_for(self, server: ServerProfile) -> Encoder:
+        with self._loading:
+            if self._encoder is None:
+                self._encoder = Encoder.for_server(server)
+            return self._encoder
+
+
+class Client(_Session):
+    """Asks a server; one channel for all questions, safe to use from several threads.
+
+    ::
+
+        with Client("127.0.0.1:50051") as client:
+            reply = client.ask("img.png", "what animal is this?")
+            print(reply.text, reply.receipt.bytes_payload)
+    """
+
+    def __init__(self, server: str = DEFAULT_SERVER, *, timeout: float = 60.0) -> None:
+        super().__init__(server, timeout=timeout)
+        self._channel = grpc.insecure_channel(self.server, _CHANNEL_OPTIONS)
+        self._stub = pb_grpc.ComneckServiceStub(self._channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def profile(self) -> ServerProfile:
+        """What the server expects; asked for once."""
+        if self._profile is None:
+            with self._naming_errors():
+                response = self._stub.GetProfile(pb.GetProfileRequest(), timeout=self._profile_timeout)
+            self._profile = convert.profile_from_wire(response)
+        return self._profile
+
+    def ask(
+        self,
+        images: ImageSource | Sequence[ImageSource],
+        prompt: str,
+        *,
+        on_text: Callable[[str], object] | None = None,
+        **options: Unpack[Options],
+    ) -> Reply:
+        """Asks about one photo or several. ``on_text`` is called with each piece of the answer as it is written.
+
+        Raises:
+            ComneckError: the subclass says what; the server's own errors arrive as they were raised there.
+        """
+        if on_text is None:
+            draft = self._draft(self.profile(), images, prompt, options)
+            sent = perf_counter()
+            with self._naming_errors():
+                response = self._stub.Answer(draft.request, timeout=self.timeout)
+            return draft.reply(response.answer, sent)
+        for event in self.stream(images, prompt, **options):
+            if isinstance(event, Reply):
+                return event
+            on_text(event)
+        raise ServerFailed(NO_END.format(self.server))
+
+    def stream(
+        self, images: ImageSource | Sequence[ImageSource], prompt: str, **options: Unpack[Options]
+    ) -> Generator[str | Reply]:
+        """The answer's pieces as they are written, then the reply. Closing it early ends the generation."""
+        draft = self._draft(self.profile(), images, prompt, options)
+        sent = perf_counter()
+        with self._naming_errors():
+            call = self._stub.AnswerStream(draft.stream_request, timeout=self.timeout)
+            try:
+                for response in call:
+                    yield draft.event(response, sent)
+            finally:
+                call.cancel()
+
+
+class AsyncClient(_Session):
+    """Client for asyncio: the same methods, awaited. Photos are encoded in a thread.
+
+    ::
+
+        async with AsyncClient("127.0.0.1:50051") as client:
+            async for event in client.stream("img.png", "describe this"):
+                ...
+    """
+
+    @cached_property
+    def _channel(self) -> grpc.aio.Channel:  # made where a loop runs, which need not be where the client is made
+        return grpc.aio.insecure_channel(self.server, _CHANNEL_OPTIONS)
+
+    @cached_property
+    def _stub(self) -> Any:
+        return pb_grpc.ComneckServiceStub(self._channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    async def profile(self) -> ServerProfile:
+        """What the server expects; asked for once."""
+        if self._profile is None:
+            with self._naming_errors():
+                response = await self._stub.GetProfile(pb.GetProfileRequest(), timeout=self._profile_timeout)
+            self._profile = convert.profile_from_wire(response)
+        return self._profile
+
+    async def ask(
+        self,
+        images: ImageSource | Sequence[ImageSource],
+        prompt: str,
+        *,
+        on_text: Callable[[str], object] | None = None,
+        **options: Unpack[Options],
+    ) -> Reply:
+        """Asks about one photo or several. ``on_text`` is called with each piece of the answer as it is written.
+
+        Raises:
+            ComneckError: the subclass says what; the server's own errors arrive as they were raised there.
+        """
+        if on_text is None:
+            draft = await asyncio.to_thread(self._draft, await self.profile(), images, prompt, options)
+            sent = perf_counter()
+            with self._naming_errors():
+                response = await self._stub.Answer(draft.request, timeout=self.timeout)
+            return draft.reply(response.answer, sent)
+        async for event in self.stream(images, prompt, **options):
+            if isinstance(event, Reply):
+                return event
+            on_text(event)
+        raise ServerFailed(NO_END.format(self.server))
+
+    async def stream(
+        self, images: ImageSource | Sequence[ImageSource], prompt: str, **options: Unpack[Options]
+    ) -> AsyncGenerator[str | Reply]:
+        """The answer's pieces as they are written, then the reply. Closing it early ends the generation."""
+        draft = await asyncio.to_thread(self._draft, await self.profile(), images, prompt, options)
+        sent = perf_counter()
+        with self._naming_errors():
+            call = self._stub.AnswerStream(draft.stream_request, timeout=self.timeout)
+            try:
+                async for response in call:
+                    yield draft.event(response, sent)
+            finally:
+                call.cancel()

@@ -1,0 +1,114 @@
+"""What is asked and what is answered: the objects that client, fronts and engine hand to each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from shared.bitstream import Bitstream
+
+Part = str | Bitstream
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How an answer is written.
+
+    Attributes:
+        max_tokens: the answer's length at most, in tokens of the backend's language model.
+        temperature: 0 always takes the likeliest token; above it, tokens are drawn.
+        top_p: when drawing, only from the likeliest tokens that together have this probability.
+        seed: of the draw; the same seed gives the same answer.
+    """
+
+    max_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 0.75
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One request: text and encoded photos in the order in which they are meant.
+
+    Attributes:
+        parts: text or bitstreams.
+        backend: name of the backend that is to answer; empty for the server's default.
+        generation: how the answer is written.
+    """
+
+    parts: tuple[Part, ...]
+    backend: str = ""
+    generation: Generation = field(default_factory=Generation)
+
+    @property
+    def images(self) -> tuple[Bitstream, ...]:
+        return tuple(part for part in self.parts if isinstance(part, Bitstream))
+
+    @property
+    def prompt(self) -> str:
+        """The text parts, in order, a line each."""
+        return "\n".join(part for part in self.parts if isinstance(part, str)).strip()
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Where the server's time went, in milliseconds.
+
+    Attributes:
+        queue: waiting for the model.
+        decode: entropy-decoding the bitstreams and the transform-neck.
+        vision: CLIP from its third block on.
+        generation: connector and language model.
+    """
+
+    queue: float = 0.0
+    decode: float = 0.0
+    vision: float = 0.0
+    generation: float = 0.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished answer.
+
+    Attributes:
+        text: what the backend said.
+        finish: ``stop`` where the model ended by itself, ``length`` where ``max_tokens`` ended it.
+        tokens: how many it wrote.
+        backend, profile: who answered.
+        timings: where the server's time went.
+        digests: SHA-256 of each model that took part, by role (codec, neck, clip, llm, connector).
+    """
+
+    text: str
+    finish: Literal["stop", "length"]
+    tokens: int
+    backend: str
+    profile: str
+    timings: Timings
+    digests: dict[str, str]
+
+
+@dataclass(frozen=True)
+class ServerProfile:
+    """What a server tells a client, so that the client encodes what the server expects.
+
+    Attributes:
+        profile: the profile's name; the client has a profile of that name too.
+        codec_digest: hex of the 4 bytes that the bitstream must carry.
+        scenario, rate: that the server's neck was trained for.
+        backends: names, the default first.
+        max_request_bytes, max_images, max_tokens: limits of one request.
+        version: of the server's software.
+    """
+
+    profile: str
+    codec_digest: str
+    scenario: str
+    rate: int
+    backends: tuple[str, ...]
+    max_request_bytes: int
+    max_images: int
+    max_tokens: int
+    version: str

@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from scripted import RunningServer
+
+from edge_client.cli import main
+from edge_client.encoder import Encoder
+from shared.bitstream import Bitstream
+from shared.errors import ComneckError, PromptTooLong, all_errors
+from shared.images import Photo, Preparation, prepare
+
+
+class ScriptedEncoder:
+    def __init__(self, bitstream: Bitstream) -> None:
+        self.bitstream = bitstream
+
+    def prepare(self, source: Photo) -> Photo:
+        return prepare(source, Preparation())
+
+    def encode(self, source: Photo) -> Bitstream:
+        return self.bitstream
+
+
+@pytest.fixture
+def photo(tmp_path: Path, bitstream: Bitstream, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(Encoder, "for_server", lambda server: ScriptedEncoder(bitstream))
+    path = tmp_path / "photo.png"
+    Image.linear_gradient("L").save(path)
+    return str(path)
+
+
+def test_send_prints_the_answer_then_one_line_of_receipt(
+    server: RunningServer, photo: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["send", photo, "describe this", "--server", server.grpc]) == 0
+    out, err = capsys.readouterr()
+    answer, receipt = out.splitlines()
+    assert (answer, err) == ("a dog runs", "")
+    assert re.fullmatch(
+        r"528 B sent \(\d+ B on the wire\), 0\.064 bpp, \d+\.\dx smaller than JPEG 75 \([\d,]+ B\) \| "
+        r"encode \d+ ms, network \d+ ms, queue 1 ms, decode\+neck 2 ms, vision 3 ms, generation 4 ms",
+        receipt,
+    )
+
+
+def test_send_json_prints_one_object(server: RunningServer, photo: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["send", photo, "what?", "--server", server.grpc, "--backend", "other", "--max-tokens", "9", "--json"]
+    assert main(arguments) == 0
+    reply = json.loads(capsys.readouterr().out)
+    assert (reply["answer"], reply["finish"], reply["backend"], reply["profile"]) == (
+        "a dog runs",
+        "stop",
+        "other",
+        "small",
+    )
+    assert (reply["bytes_payload"], reply["bpp"]) == (528, 0.0645)
+    assert reply["bytes_wire"] > 528
+    assert reply["bytes_jpeg75"] > 528
+    assert set(reply["timings_ms"]) == {"load", "encode", "network", "queue", "decode", "vision", "generation"}
+    assert reply["model_digests"] == {"codec": "c0dec", "llm": "11a"}
+    assert server.engine.asked[0].generation.max_tokens == 9
+
+
+@pytest.mark.parametrize("kind", all_errors(), ids=lambda kind: kind.__name__)
+def test_every_error_is_one_line_and_its_own_exit_code(
+    server: RunningServer, photo: str, capsys: pytest.CaptureFixture[str], kind: type[ComneckError]
+) -> None:
+    server.engine.failure = kind("why it failed")
+    assert main(["send", photo, "what?", "--server", server.grpc]) == kind.exit_code
+    assert capsys.readouterr() == ("", "edge-client: why it failed\n")
+
+
+def test_exit_codes_are_distinct_and_all_in_help(capsys: pytest.CaptureFixture[str]) -> None:
+    codes = [kind.exit_code for kind in all_errors()]
+    assert len(set(codes)) == len(codes)
+    with pytest.raises(SystemExit, match="0"):
+        main(["send", "--help"])
+    out = capsys.readouterr().out
+    assert all(re.search(rf"^ +{code}  \w", out, re.MULTILINE) for code in [0, *codes, 130])
+
+
+def test_an_error_in_the_middle_of_an_answer_gets_a_line_of_its_own(
+    server: RunningServer, photo: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.engine.failure, server.engine.fails_at = PromptTooLong("no more"), 1
+    assert main(["send", photo, "what?", "--server", server.grpc]) == PromptTooLong.exit_code
+    assert capsys.readouterr() == ("a dog\n", "edge-client: no more\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "complaint"),
+    [
+        (["{photo}", "  "], 2, "the prompt is empty"),
+        (["{folder}", "what?"], 2, "is a folder"),
+        (["{folder}/nothing.png", "what?"], 2, "does not exist"),
+        (["{photo}", "what?", "--server", "nowhere"], 2, "no HOST:PORT"),
+        (["{photo}", "what?", "--timeout", "0"], 2, "timeout"),
+        (["{photo}", "what?", "--server", "127.0.0.1:9"], 10, "no comneck server answers at 127.0.0.1:9"),
+        (["{photo}", "what?", "--max-tokens", "-3"], 2, "out of range"),
+        (["{text}", "what?"], 3, "no picture"),
+    ],
+)
+def test_bad_input_is_one_line(
+    server: RunningServer,
+    photo: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    code: int,
+    complaint: str,
+) -> None:
+    (tmp_path / "text.txt").write_text("no picture at all")
+    places = {"photo": photo, "folder": tmp_path, "text": tmp_path / "text.txt"}
+    given = ["--server", server.grpc, *(argument.format(**places) for argument in arguments)]
+    assert main(["send", *given]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert complaint in err
+
+
+@pytest.mark.parametrize("arguments", [[], ["send"], ["send", "a.png", "what?", "--max-tokens", "many"], ["sned"]])
+def test_wrong_usage_is_one_line_that_points_to_help(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "--help" in err
+
+
+def test_a_failure_that_no_one_foresaw_is_one_line_unless_debugging(
+    photo: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shared.images.load_photo", lambda source: 1 / 0)
+    assert main(["send", photo, "what?"]) == 1
+    assert capsys.readouterr().err == (
+        "edge-client: unexpected ZeroDivisionError: division by zero (COMNECK_DEBUG=1 shows where)\n"
+    )
+    monkeypatch.setenv("COMNECK_DEBUG", "1")
+    assert main(["send", photo, "what?"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+SEND = """
+import sys
+from edge_client.encoder import Encoder
+from edge_client.cli import main
+from shared.bitstream import Bitstream
+from shared.images import Preparation, prepare
+class Scripted:
+    def prepare(self, source): return prepare(source, Preparation())
+    def encode(self, source): return Bitstream("d1", 2, bytes(4), 256, 256, (1, 1), 0, bytes(500))
+Encoder.for_server = lambda server: Scripted()
+sys.exit(main())
+"""
+
+
+def test_ctrl_c_ends_with_130_and_no_traceback(server: RunningServer, photo: str) -> None:
+    server.engine.pieces, server.engine.pause = ("word ",) * 10_000, 0.01
+    command = [sys.executable, "-c", SEND, "send", photo, "what?", "--server", server.grpc]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout
+    assert process.stdout.read(5) == b"word "
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=10)
+    assert (process.returncode, err) == (130, b"")
+    assert server.engine.ended.wait(2)
+
+
+def test_a_reader_that_leaves_ends_it_quietly(server: RunningServer, photo: str) -> None:
+    server.engine.pieces, server.engine.pause = ("word ",) * 10_000, 0.001
+    command = [sys.executable, "-c", SEND, "send", photo, "what?", "--server", server.grpc]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout
+    process.stdout.read(5)
+    process.stdout.close()
+    assert process.stderr
+    assert process.stderr.read() == b""
+    assert process.wait(10) == 141
