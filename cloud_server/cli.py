@@ -48,3 +48,7 @@ def _serve(arguments: argparse.Namespace) -> None:
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     serve(settings, announce)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

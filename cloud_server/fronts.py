@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 from uuid import uuid4
 
 from shared.conversation import Answer, Conversation, ServerProfile
-from shared.errors import ComneckError, ServerFailed
+from shared.errors import BadInput, ComneckError, ServerFailed
 
 GRACE = 5.0  # seconds that requests in progress have to finish when the server stops
-CANNOT_LISTEN = "cannot listen on {}: the port is taken or the address is not this machine's; see --host and {}"
 
 log = logging.getLogger("comneck")
 
@@ -45,3 +45,17 @@ def foreseen() -> Iterator[None]:
 def address(host: str, port: int) -> str:
     """HOST:PORT, with brackets around an IPv6 address."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def listener(host: str, port: int, flag: str) -> socket.socket:
+    """A socket that listens there.
+
+    Raises:
+        BadInput: the port is taken, or the address is not this machine's.
+    """
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as problem:
+        raise BadInput(
+            f"cannot listen on {address(host, port)}: {problem.strerror}; choose another with --host or {flag}"
+        ) from problem

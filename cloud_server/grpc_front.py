@@ -11,7 +11,7 @@ from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from cloud_server.fronts import CANNOT_LISTEN, GRACE, Answering, address, foreseen
+from cloud_server.fronts import GRACE, Answering, address, foreseen, listener
 from cloud_server.settings import ServerSettings
 from shared.errors import BadInput, ComneckError
 from shared.wire import convert
@@ -41,11 +41,9 @@ class GrpcFront:
 
     async def start(self) -> int:
         """Returns the port. The engine's models are loaded by now: health says so."""
-        wanted = address(self._settings.host, self._settings.grpc_port)
-        try:
-            port = self._server.add_insecure_port(wanted)
-        except RuntimeError as problem:
-            raise BadInput(CANNOT_LISTEN.format(wanted, "--grpc-port")) from problem
+        host, port = self._settings.host, self._settings.grpc_port
+        listener(host, port, "--grpc-port").close()  # gRPC, where it cannot listen, says why to stderr only
+        port = self._server.add_insecure_port(address(host, port))
         for service in ("", SERVICE):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         await self._server.start()

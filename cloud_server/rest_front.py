@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 from collections.abc import AsyncGenerator
 from contextlib import AbstractContextManager, aclosing, nullcontext
 from dataclasses import asdict
@@ -25,11 +24,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cloud_server.fronts import CANNOT_LISTEN, GRACE, Answering, address, foreseen
+from cloud_server.fronts import GRACE, Answering, foreseen, listener
 from cloud_server.settings import ServerSettings
 from shared.bitstream import Bitstream
 from shared.conversation import Answer, Conversation, Generation, ServerProfile
-from shared.errors import BadInput, ComneckError, TooLarge, all_errors
+from shared.errors import BadInput, ComneckError, ServerFailed, TooLarge, all_errors
 
 PROBLEM_TYPE = "application/problem+json"
 EVENTS_TYPE = "text/event-stream"
@@ -55,16 +54,11 @@ class RestFront:
 
     async def start(self) -> int:
         """Returns the port."""
-        host, port = self._settings.host, self._settings.http_port
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        try:
-            listener = socket.create_server((host, port), family=family)
-        except OSError as problem:
-            raise BadInput(CANNOT_LISTEN.format(address(host, port), "--http-port")) from problem
-        self._running = asyncio.create_task(self._server.serve(sockets=[listener]))
+        taken = listener(self._settings.host, self._settings.http_port, "--http-port")
+        self._running = asyncio.create_task(self._server.serve(sockets=[taken]))
         while not self._server.started:
             await asyncio.sleep(0.005)
-        return int(listener.getsockname()[1])
+        return int(taken.getsockname()[1])
 
     async def stop(self) -> None:
         self._server.should_exit = True
@@ -191,7 +185,6 @@ def build_app(engine: Answering, max_request_bytes: int) -> FastAPI:
         version=profile.version,
         description="Questions about photos that arrive as bitstreams of a few hundred bytes.",
         redoc_url=None,
-        responses=_documented_problems(),
     )
     app.add_middleware(_BodyLimit, limit=max_request_bytes)
 
@@ -219,12 +212,7 @@ def build_app(engine: Answering, max_request_bytes: int) -> FastAPI:
     async def get_profile() -> ServerProfile:
         return engine.server_profile()
 
-    example = _event("text", {"text": "A dog"}) + _event("text", {"text": " runs"}) + "event: answer\ndata: {...}\n\n"
-    streamed: dict[int | str, dict[str, Any]] = {200: {"content": {EVENTS_TYPE: {"example": example}}}}
-
-    @app.post(
-        "/v1/answer", summary="Answers a conversation", response_model=AnswerBody, responses=streamed, name="answer"
-    )
+    @app.post("/v1/answer", summary="Answers a conversation", response_model=AnswerBody, responses=_responses())
     async def post_answer(request: Request, body: AnswerRequest) -> Response:
         parts = tuple(p.text if isinstance(p, TextPart) else Bitstream.parse(p.bitstream) for p in body.parts)
         return await _respond(
@@ -232,7 +220,10 @@ def build_app(engine: Answering, max_request_bytes: int) -> FastAPI:
         )
 
     @app.post(
-        "/v1/answer/raw", summary="Answers a question about one photo", response_model=AnswerBody, responses=streamed
+        "/v1/answer/raw",
+        summary="Answers a question about one photo",
+        response_model=AnswerBody,
+        responses=_responses(),
     )
     async def post_raw(
         request: Request,
@@ -315,12 +306,18 @@ def _refusal(problem: Problem, headers: Any = None) -> Response:
     return JSONResponse(problem.model_dump(), problem.status, headers, media_type=PROBLEM_TYPE)
 
 
-def _documented_problems() -> dict[int | str, dict[str, Any]]:
+def _responses() -> dict[int | str, dict[str, Any]]:
+    """For the OpenAPI page: what an answer looks like as a stream, and the problems there may be instead."""
     titles: dict[int | str, list[str]] = {}
-    for kind in all_errors():
-        titles.setdefault(kind.http_status, []).append(kind.title)
-    content = {PROBLEM_TYPE: {"schema": Problem.model_json_schema()}}
-    return {status: {"description": ", ".join(names), "content": content} for status, names in titles.items()}
+    for kind in sorted(all_errors(), key=lambda kind: kind.http_status):
+        if kind.http_status <= ServerFailed.http_status:  # those above are a client's to raise
+            titles.setdefault(kind.http_status, []).append(kind.title)
+    problem = {PROBLEM_TYPE: {"schema": Problem.model_json_schema()}}
+    stream = _event("text", {"text": "A dog"}) + _event("text", {"text": " runs"}) + "event: answer\ndata: {...}\n\n"
+    return {
+        200: {"description": "The answer.", "content": {EVENTS_TYPE: {"example": stream}}},
+        **{status: {"description": ", ".join(names), "content": problem} for status, names in titles.items()},
+    }
 
 
 class _BodyLimit:

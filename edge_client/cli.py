@@ -128,3 +128,7 @@ def _timings(reply: Reply) -> dict[str, float]:
         "network": receipt.network,
         **asdict(reply.answer.timings),
     }
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from shared.errors import BadInput, TooLarge, UnreadableImage
+from shared.errors import BadInput, ComneckError, TooLarge, UnreadableImage
 
 MAX_PIXELS = 100_000_000  # a larger picture is refused before it is decompressed
 MAX_FILE_BYTES = 200_000_000
@@ -90,8 +90,10 @@ def load_photo(source: Path | bytes) -> Photo:
         except UnidentifiedImageError as problem:
             raise UnreadableImage(f"{name} is no picture in a known format (JPEG, PNG, WebP, AVIF, ...)") from problem
         except Image.DecompressionBombError as problem:
-            raise TooLarge(f"{name}: {problem}; scale it down first") from problem
-        except (OSError, SyntaxError, ValueError, EOFError, OverflowError, MemoryError) as problem:
+            raise TooLarge(f"{name} has more pixels than the limit of {MAX_PIXELS:,}: scale it down first") from problem
+        except ComneckError:
+            raise
+        except Exception as problem:  # on hostile bytes a decoder raises whatever comes to it, RuntimeError for one
             raise UnreadableImage(f"{name} is damaged or cut short: {problem}") from problem
 
 

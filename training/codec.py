@@ -79,11 +79,12 @@ def save_codec(codec: Elic, path: Path) -> None:
     bottleneck.update(force=True)
     gaussian.update_scale_table(get_scale_table(), force=True)
     weights |= {name: value for name, value in codec.state_dict().items() if name.endswith("quantiles")}
-    tables = {
-        f"tables.{name}.{part}": tensor.clone()
-        for name, model in (("z", bottleneck), ("y", gaussian))
-        for part, tensor in (("cdf", model.quantized_cdf), ("lengths", model.cdf_length), ("offsets", model.offset))
-    }
+    tables = {}
+    for name, model in (("z", bottleneck), ("y", gaussian)):
+        rows = zip(model.quantized_cdf, model.cdf_length.tolist(), strict=True)
+        tables[f"tables.{name}.cdf"] = torch.cat([row[:length] for row, length in rows])
+        tables[f"tables.{name}.lengths"] = model.cdf_length.clone()
+        tables[f"tables.{name}.offsets"] = model.offset.clone()
     config = {"N": codec.config.N, "M": codec.config.M, "groups": list(codec.config.groups)}
     metadata = {"codec": "elic-chandelier", "config": json.dumps(config)}
     scales = {"tables.scales": gaussian.scale_table.half().float()}

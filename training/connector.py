@@ -47,6 +47,7 @@ class ConnectorTraining:
     steps: int = option("optimiser steps", 1500)
     batch: int = option("photos a step", 16)
     per_photo: int = option("exchanges a photo", 2)
+    answer_tokens: int = option("longer answers are cut: a few long ones would make every batch slow", 20)
     rate: float = option("peak learning rate of the connector", 1e-3)
     gate_rate: float = option("peak learning rate of the gates, which start closed", 1e-2)
     seed: int = option("seed of weights and samples", 1)
@@ -103,7 +104,7 @@ def run(options: ConnectorTraining) -> None:
             photos = [sample.photo for sample in samples[:: options.per_photo]]
             with torch.inference_mode():
                 features = tower.project(torch.from_numpy(np.stack([last[i] for i in photos])).float())
-            yield Exchanges(features.clone(), *tokenise(samples, tokenizer, text))
+            yield Exchanges(features.clone(), *tokenise(samples, tokenizer, text, options.answer_tokens))
             step += 1
 
     def losses(batch: Exchanges, step: int) -> Losses:
@@ -119,12 +120,14 @@ def run(options: ConnectorTraining) -> None:
     save_tensors(options.out / "connector.safetensors", connector.state_dict(), options.storage, metadata)
 
 
-def tokenise(samples: list[Sample], tokenizer: Any, text: Callable[[str], str]) -> tuple[Tensor, Tensor]:
+def tokenise(
+    samples: list[Sample], tokenizer: Any, text: Callable[[str], str], answer_tokens: int
+) -> tuple[Tensor, Tensor]:
     """Exchanges -> tokens and targets, (samples, T) each, padded on the right, where causal attention ignores it."""
     rows = []
     for sample in samples:
         prompt = tokenizer(text(sample.prompt), add_special_tokens=False).input_ids
-        answer = [*tokenizer(sample.answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        answer = [*tokenizer(sample.answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id][:answer_tokens]
         rows.append((prompt + answer[:-1], [-100] * (len(prompt) - 1) + answer))
     longest = max(len(tokens) for tokens, _ in rows)
     tokens = torch.full((len(rows), longest), tokenizer.eos_token_id)

@@ -62,7 +62,8 @@ def latents(codec: Codec, pixels: Pixels, cache: Path, batch: int = 16) -> Half:
 
     def compute(chunk: Tensor) -> list[Tensor]:
         transforms = codec.transforms
-        y_hat, _ = transforms.quantise(transforms.g_a(chunk.contiguous(memory_format=torch.channels_last)))
+        with torch.autocast("cpu", torch.bfloat16):  # a few symbols round the other way; no neck can tell
+            y_hat, _ = transforms.quantise(transforms.g_a(chunk.contiguous(memory_format=torch.channels_last)))
         return [y_hat]
 
     shape = (codec.transforms.config.M, *side)

@@ -24,12 +24,12 @@ Symbols = npt.NDArray[np.int32]
 
 @dataclass(frozen=True)
 class Tables:
-    """Probability tables as data, in the form of CompressAI's buffers.
+    """Probability tables as data: CompressAI's buffers without their padding.
 
     Attributes:
-        cdf: (T, L) cumulative frequencies of 2**16; row t holds lengths[t] of them.
-        lengths: (T,) entries in use per row: one more than its symbols, the last of which is the escape.
-        offsets: (T,) the symbol that a row's first entry stands for.
+        cdf: cumulative frequencies of 2**16, table after table; table t has lengths[t] of them.
+        lengths: (T,) one more than the table's symbols, the last of which is the escape.
+        offsets: (T,) the symbol that a table's first entry stands for.
     """
 
     cdf: npt.NDArray[np.int32]
@@ -40,13 +40,13 @@ class Tables:
     def models(self) -> list[Any]:
         """One constriction model per table."""
         return [
-            constriction.stream.model.Categorical(np.diff(row[:length]) / 2**16, perfect=False)
-            for row, length in zip(self.cdf.astype(np.float64), self.lengths, strict=True)
+            constriction.stream.model.Categorical(np.diff(table) / 2**16, perfect=False)
+            for table in np.split(self.cdf.astype(np.float64), np.cumsum(self.lengths)[:-1])
         ]
 
     @cached_property
     def escapes(self) -> Symbols:
-        """(T,) the entry of each row that announces an escaped symbol."""
+        """(T,) the entry of each table that announces an escaped symbol."""
         return (self.lengths - 2).astype(np.int32)
 
 

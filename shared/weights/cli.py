@@ -14,30 +14,30 @@ from shared.weights.store import Status, Store
 def add_weights_command(subparsers: Any) -> None:
     """Adds ``weights`` to the subcommands of a parser (what ``ArgumentParser.add_subparsers`` returns).
 
-    Each parsed command line has ``handler``, which takes it and returns the exit code or raises a ComneckError.
+    Each parsed command line has ``run``, which takes it and raises a ComneckError on failure.
     """
     parser = subparsers.add_parser("weights", help="list, fetch and check the weights", description=_DESCRIPTION)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("list", help="all artefacts, and which are on this machine")
     _add_json(command)
-    command.set_defaults(handler=_list)
+    command.set_defaults(run=_list)
 
     command = commands.add_parser("pull", help="fetch and install artefacts")
     command.add_argument("names", nargs="*", metavar="NAME", help="artefacts (default: all)")
     command.add_argument("--profile", help="all that a server of this profile needs")
     command.add_argument("--force", action="store_true", help="install anew what is already installed")
     _add_json(command)
-    command.set_defaults(handler=_pull)
+    command.set_defaults(run=_pull)
 
     command = commands.add_parser("verify", help="hash installed artefacts and compare with what was installed")
     command.add_argument("names", nargs="*", metavar="NAME", help="artefacts (default: all that are on this machine)")
     _add_json(command)
-    command.set_defaults(handler=_verify)
+    command.set_defaults(run=_verify)
 
     command = commands.add_parser("path", help="print where an installed artefact is")
     command.add_argument("name", metavar="NAME", help="artefact")
-    command.set_defaults(handler=_path)
+    command.set_defaults(run=_path)
 
 
 _DESCRIPTION = (
@@ -46,13 +46,12 @@ _DESCRIPTION = (
 )
 
 
-def _list(args: argparse.Namespace) -> int:
+def _list(args: argparse.Namespace) -> None:
     store = Store()
     _print([store.status(name) for name in store.artefacts], args.json)
-    return 0
 
 
-def _pull(args: argparse.Namespace) -> int:
+def _pull(args: argparse.Namespace) -> None:
     store = Store(say=_say)
     names = [*args.names]
     if args.profile:
@@ -65,10 +64,9 @@ def _pull(args: argparse.Namespace) -> int:
     for name in names:
         store.pull(name, force=args.force)
     _print([store.status(name) for name in names], args.json)
-    return 0
 
 
-def _verify(args: argparse.Namespace) -> int:
+def _verify(args: argparse.Namespace) -> None:
     store = Store()
     statuses = {name: store.status(name) for name in args.names or store.artefacts}
     if not args.names:
@@ -85,12 +83,12 @@ def _verify(args: argparse.Namespace) -> int:
     else:
         for name in statuses:
             print(problems.get(name, f"{name} is as it was installed"))
-    return WeightsUnavailable.exit_code if problems else 0
+    if problems:
+        raise WeightsUnavailable(f"{len(problems)} of {len(statuses)} are not in order: {', '.join(problems)}")
 
 
-def _path(args: argparse.Namespace) -> int:
+def _path(args: argparse.Namespace) -> None:
     print(Store().path(args.name))
-    return 0
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:

@@ -102,7 +102,7 @@ def test_anchors_are_the_positions_of_even_sum() -> None:
 @pytest.fixture
 def tables() -> Tables:
     """Two tables over -1, 0, 1 and over 0, 1, each with an escape."""
-    cdf = np.array([[0, 20000, 40000, 60000, 2**16], [0, 2**15, 2**16 - 100, 2**16, 0]], np.int32)
+    cdf = np.array([0, 20000, 40000, 60000, 2**16, 0, 2**15, 2**16 - 100, 2**16], np.int32)
     return Tables(cdf, np.array([5, 4], np.int32), np.array([-1, 0], np.int32))
 
 

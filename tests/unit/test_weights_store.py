@@ -211,7 +211,7 @@ def test_an_installation_that_this_version_does_not_pin_counts_as_missing(tmp_pa
 def test_two_processes_at_once_download_once(tmp_path: Path, hub: Hub):
     hub.pause = 0.02
     pulls = [start_pull(tmp_path) for _ in range(2)]
-    assert [pull.wait(20) for pull in pulls] == [0, 0]
+    assert [pull.wait(60) for pull in pulls] == [0, 0]
     assert len(hub.requests) == 1
     make_store(tmp_path)[0].verify("tiny")
 
@@ -283,7 +283,7 @@ def test_a_killed_process_leaves_a_download_that_the_next_one_continues(tmp_path
     process = start_pull(tmp_path)
     wait_until(lambda: sum(path.stat().st_size for path in tmp_path.rglob("*.part")) >= 50_000)
     process.send_signal(signal.SIGKILL)
-    process.wait(10)
+    process.wait(60)
     hub.pause = 0
     store, _ = make_store(tmp_path)
     assert store.status("tiny").state == "missing"
@@ -325,7 +325,7 @@ def test_without_any_source_the_message_has_each_reason_and_what_to_do(tmp_path:
     begin = time.monotonic()
     other = HubSource("someone/else", REVISION, (pin("model.bin"),))
     message = failure(make_store(tmp_path, on_hub(), other)[0])
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 15
     assert "hub someone/tiny: http://127.0.0.1:9: " in message
     assert "hub someone/else: " in message
     for way_out in ("HF_ENDPOINT", "pip config", f"copy {tmp_path}/weights/tiny"):
@@ -476,7 +476,7 @@ def start_pull(home: Path) -> "subprocess.Popen[bytes]":
 
 
 def wait_until(condition) -> None:
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end, "it never happened"
         time.sleep(0.01)
