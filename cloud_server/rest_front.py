@@ -215,9 +215,8 @@ def build_app(engine: Answering, max_request_bytes: int) -> FastAPI:
     @app.post("/v1/answer", summary="Answers a conversation", response_model=AnswerBody, responses=_responses())
     async def post_answer(request: Request, body: AnswerRequest) -> Response:
         parts = tuple(p.text if isinstance(p, TextPart) else Bitstream.parse(p.bitstream) for p in body.parts)
-        return await _respond(
-            engine, request, Conversation(parts, body.backend, body.generation.generation()), body.stream
-        )
+        conversation = Conversation(parts, body.backend, body.generation.generation())
+        return await _respond(engine, request, conversation, body.stream)
 
     @app.post(
         "/v1/answer/raw",
@@ -231,9 +230,8 @@ def build_app(engine: Answering, max_request_bytes: int) -> FastAPI:
         bitstream: Annotated[bytes, Body(media_type="application/octet-stream", description="One bitstream.")],
     ) -> Response:
         parts = (Bitstream.parse(bitstream), options.prompt)
-        return await _respond(
-            engine, request, Conversation(parts, options.backend, options.generation()), options.stream
-        )
+        conversation = Conversation(parts, options.backend, options.generation())
+        return await _respond(engine, request, conversation, options.stream)
 
     return app
 

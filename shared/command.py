@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import textwrap
 import traceback
+import warnings
+import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -20,7 +23,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs: Any) -> None:
         defaults = {"epilog": exit_code_help(), "formatter_class": argparse.RawDescriptionHelpFormatter}
-        super().__init__(**{**defaults, **kwargs})
+        description = textwrap.fill(kwargs.pop("description", ""), 80)  # that formatter takes it as it is
+        super().__init__(description=description, **{**defaults, **kwargs})
 
     def error(self, message: str) -> NoReturn:
         self.exit(BadInput.exit_code, f"{self.prog}: {message} (see {self.prog} --help)\n")
@@ -31,7 +35,11 @@ def run(parser: Parser, argv: Sequence[str] | None = None) -> int:
 
     A failure is one line on stderr. With COMNECK_DEBUG=1 its traceback goes before.
     """
+    # torch, through the libraries that we use: nothing that a user could do about it.
+    warnings.filterwarnings("ignore", message=r"`torch\.jit\..*is deprecated", category=FutureWarning)
     arguments = parser.parse_args(argv)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore", FutureWarning)  # between libraries, nothing that a user could act on
     try:
         arguments.run(arguments)
         sys.stdout.flush()

@@ -159,4 +159,4 @@ def prepare(photo: Photo, preparation: Preparation) -> Photo:
         image = ImageOps.pad(image, size, resample, color="white")
     else:
         image = image.resize(size, resample)
-    return Photo(np.asarray(image), photo.original_size)
+    return Photo(np.array(image), photo.original_size)  # a copy: PyTorch wants arrays that it may write to

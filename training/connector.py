@@ -25,7 +25,7 @@ from shared.options import option
 from shared.profiles import get_profile
 from shared.weights.digest import Storage, save_tensors
 from shared.weights.store import ensure
-from training.features import teacher_features
+from training.features import Half, teacher_features
 from training.loop import Losses, Schedule, generator, train
 from training.photos import pixel_cache, read_photo_set
 from training.samples import Sample, SampleSource
@@ -49,7 +49,7 @@ class ConnectorTraining:
     per_photo: int = option("exchanges a photo", 2)
     answer_tokens: int = option("longer answers are cut: a few long ones would make every batch slow", 20)
     rate: float = option("peak learning rate of the connector", 1e-3)
-    gate_rate: float = option("peak learning rate of the gates, which start closed", 1e-2)
+    gate_rate: float = option("peak learning rate of the gates, which start closed", 2e-2)
     seed: int = option("seed of weights and samples", 1)
     storage: Storage = option("of the trained weights: float16, int8 or float32", "int8")
 
@@ -89,7 +89,7 @@ def run(options: ConnectorTraining) -> None:
         llm_heads=llm.config.num_attention_heads,
         adapted_layers=options.adapted_layers,
     )
-    nn.init.normal_(connector.cap_adapter_query.weight, std=0.1)
+    start_from_features(connector, tower, last)
     gates = [connector.cap_gate]
     others = [p for name, p in connector.named_parameters() if name != "cap_gate"]
     optimizer = torch.optim.AdamW(
@@ -118,6 +118,28 @@ def run(options: ConnectorTraining) -> None:
     train(connector, optimizer, Schedule(options.steps, warmup=100), batches, losses, options.out)
     metadata = {"config": json.dumps(connector.config), "llm": backend.llm, "clip": profile.clip.weights}
     save_tensors(options.out / "connector.safetensors", connector.state_dict(), options.storage, metadata)
+
+
+@torch.no_grad()
+def start_from_features(connector: Connector, tower: ClipTower, last: Half, photos: int = 400) -> None:
+    """Sets a connector up so that what sets photos apart is what it shows from the first step on.
+
+    CLIP's tokens have a large part in common, which a random projection and LayerNorm would pass on as the signal:
+    visual tokens would then differ between photos by an eighth of their size. ``clip_proj`` becomes the whitening
+    projection onto the features' principal axes; the queries start small beside what they attend to, and the visual
+    tokens at the size of the language model's own normalised states.
+    """
+    which = torch.linspace(0, len(last) - 1, min(photos, len(last))).long().tolist()
+    features = tower.project(torch.from_numpy(np.stack([last[i] for i in which])).float()).flatten(0, 1)
+    mean = features.mean(0)
+    variances, axes = torch.linalg.eigh(torch.cov(features.T))  # ascending
+    width = connector.clip_proj.out_features
+    whitening = (axes[:, -width:] / variances[-width:].clamp(min=1e-6).sqrt()).T  # (width, clip_width)
+    connector.clip_proj.weight.copy_(whitening)
+    connector.clip_proj.bias.copy_(-whitening @ mean)
+    nn.init.normal_(connector.visual_query.weight, std=0.02)
+    nn.init.normal_(connector.cap_adapter_query.weight, std=0.1)
+    nn.init.constant_(connector.visual_proj_norm.weight, 0.3)
 
 
 def tokenise(

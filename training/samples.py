@@ -61,7 +61,7 @@ class SampleSource:
 
     def draw(self, count: int, per_photo: int, source: torch.Generator) -> list[Sample]:
         """``count`` photos with ``per_photo`` exchanges each, photo by photo."""
-        weights = torch.tensor([share for share, _, _ in self._kinds])
+        weights = torch.tensor([share for share, _, _ in self._kinds], dtype=torch.float32)
         samples = []
         for which in torch.multinomial(weights, count, replacement=True, generator=source).tolist():
             _, kind, photos = self._kinds[which]

@@ -14,6 +14,7 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.utils.logging import disable_progress_bar
 
 from cloud_server.backends import Backend, Piece
 from cloud_server.backends.gated_attention import NAME, LayerAdapter, project_adapter
@@ -113,6 +114,7 @@ class LlamaAdapter(Backend):
         path = ensure(spec.connector)
         connector = Connector(**json.loads(read_metadata(path)["config"]))
         connector.load_state_dict({name: value.float() for name, value in load_tensors(path).items()})
+        disable_progress_bar()  # of a second's loading
         folder = ensure(spec.llm)
         llm = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32 if device.type == "cpu" else torch.float16, attn_implementation=NAME

@@ -80,7 +80,7 @@ class Codec:
         """Encodes a prepared photo, H and W multiples of 64."""
         if photo.height % Elic.stride or photo.width % Elic.stride:
             raise BadInput(f"the codec takes multiples of {Elic.stride} pixels, not {photo.width}x{photo.height}")
-        pixels = torch.from_numpy(np.ascontiguousarray(photo.pixels)).permute(2, 0, 1)[None].float() / 255
+        pixels = torch.from_numpy(photo.pixels.copy()).permute(2, 0, 1)[None].float() / 255
         y = self.transforms.g_a(pixels.contiguous(memory_format=torch.channels_last))
         z = self.transforms.h_a(y)
         z_symbols = _integers(z - self.transforms.z_medians)

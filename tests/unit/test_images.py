@@ -311,6 +311,7 @@ def test_every_shape_comes_out_as_the_profile_wants(fit: Any, size: tuple[int, i
     prepared = prepare(photo, Preparation(256, 320, fit))
     assert prepared.pixels.shape == (256, 320, 3)
     assert prepared.original_size == size
+    assert prepared.pixels.flags.writeable  # or PyTorch warns
     if fit != "pad":
         assert (prepared.pixels == 128).all()
 
