@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from shared.errors import BadInput
 from shared.options import option
+from shared.profiles import DEFAULT_PROFILE
 from shared.wire import GRPC_PORT, HTTP_PORT
 
 
@@ -13,7 +14,7 @@ from shared.wire import GRPC_PORT, HTTP_PORT
 class ServerSettings:
     """The fields' docs are the flags' help."""
 
-    profile: str = option("what fits together: codec, neck, CLIP and backends", "small")
+    profile: str = option("what fits together: codec, neck, CLIP and backends", DEFAULT_PROFILE)
     host: str = option("address to listen on; 0.0.0.0 is every one of this machine", "127.0.0.1")
     grpc_port: int = option("port for gRPC; 0 takes a free one", GRPC_PORT)
     http_port: int = option("port for REST; 0 takes a free one", HTTP_PORT)

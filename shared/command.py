@@ -8,7 +8,6 @@ import sys
 import textwrap
 import traceback
 import warnings
-import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -38,8 +37,6 @@ def run(parser: Parser, argv: Sequence[str] | None = None) -> int:
     # torch, through the libraries that we use: nothing that a user could do about it.
     warnings.filterwarnings("ignore", message=r"`torch\.jit\..*is deprecated", category=FutureWarning)
     arguments = parser.parse_args(argv)
-    if not sys.warnoptions:
-        warnings.simplefilter("ignore", FutureWarning)  # between libraries, nothing that a user could act on
     try:
         arguments.run(arguments)
         sys.stdout.flush()

@@ -114,7 +114,7 @@ def _run(block: ResidualAttentionBlock, tokens: Tensor) -> Tensor:
     """
     attention = block.attn
     qkv = F.linear(block.ln_1(tokens), attention.in_proj_weight, attention.in_proj_bias)
-    heads = qkv.unflatten(-1, (3, attention.num_heads, attention.head_dim)).permute(2, 0, 3, 1, 4)  # (3, B, heads, T, d)
+    heads = qkv.unflatten(-1, (3, attention.num_heads, attention.head_dim)).permute(2, 0, 3, 1, 4)  # 3, B, heads, T, d
     attended = F.scaled_dot_product_attention(heads[0], heads[1], heads[2])
     tokens = tokens + attention.out_proj(attended.transpose(1, 2).flatten(2))
     return tokens + block.mlp(block.ln_2(tokens))

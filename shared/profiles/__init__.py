@@ -1,7 +1,7 @@
 """Profiles: small data files that name what fits together. Adding one is adding a TOML file.
 
-Our own lie beside this module; other packages add theirs through the entry point group ``comneck.profiles``, whose
-entries name a path to a TOML file.
+Our own lie beside this module, a user's in COMNECK_HOME/profiles; other packages add theirs under the entry point
+``comneck.profiles``, whose entries are paths of TOML files.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from shared.bitstream import Scenario
-from shared.errors import UnknownName
-from shared.images import Preparation
+from shared.errors import BadInput, UnknownName
+from shared.home import home
+
+if TYPE_CHECKING:
+    from shared.bitstream import Scenario
+    from shared.images import Preparation
 
 DEFAULT_PROFILE = "small"
 
@@ -106,20 +109,27 @@ def get_profile(name: str) -> Profile:
 
     Raises:
         UnknownName: there is none; the message lists those there are.
+        BadInput: its file makes no sense.
     """
     files = _files()
     if name not in files:
         raise UnknownName(f"no profile named {name!r}; there are: {', '.join(profile_names())}")
-    return _parse(tomllib.loads(files[name].read_text(encoding="utf-8")))
+    try:
+        return _parse(tomllib.loads(files[name].read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise BadInput(f"profile {files[name]} cannot be read: {problem!r}") from problem
 
 
 def _files() -> dict[str, Path]:
     own = {path.stem: path for path in Path(__file__).parent.glob("*.toml")}
-    others = {entry.name: Path(entry.value) for entry in entry_points(group="comneck.profiles")}
-    return {**others, **own}
+    others = {entry.name: Path(entry.load()) for entry in entry_points(group="comneck.profiles")}
+    users = {path.stem: path for path in (home() / "profiles").glob("*.toml")}
+    return {**others, **users, **own}
 
 
 def _parse(data: dict[str, Any]) -> Profile:
+    from shared.images import Preparation  # numpy and Pillow: not for a --help that only names the default
+
     return Profile(
         name=data["name"],
         description=data["description"],

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from shared.errors import BadInput, UnknownName
+from shared.home import home
 
 Kind = Literal["clip", "llm", "codec", "neck", "connector"]
 
@@ -117,7 +118,7 @@ class Artefact:
 
 @cache
 def catalogue() -> Mapping[str, Artefact]:
-    """All artefacts by name: ours, then those of other packages.
+    """All artefacts by name: ours, those of other packages, those of the user's own folder.
 
     Raises:
         BadInput: a catalogue that makes no sense, or that uses a name which is taken.
@@ -126,6 +127,7 @@ def catalogue() -> Mapping[str, Artefact]:
     for entry in entry_points(group="comneck.catalogues"):
         loaded = entry.load()
         paths[entry.value] = Path(loaded() if callable(loaded) else loaded)
+    paths |= {str(path): path for path in sorted((home() / "catalogues").glob("*.toml"))}
     artefacts: dict[str, Artefact] = {}
     for origin, path in paths.items():
         for artefact in read_catalogue(path):

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 from shared.errors import WeightsUnavailable
+from shared.home import home as default_folder
 from shared.weights.catalogue import Artefact, PackageSource, PinnedFile, RemoteSource, catalogue, find_artefact
 from shared.weights.fetch import SourceFailed, fetch, local_name, one_line, sha256
 
@@ -32,14 +33,6 @@ RECEIPT = "receipt.json"
 _log = logging.getLogger(__name__)
 
 State = Literal["shipped", "installed", "missing", "damaged"]
-
-
-def default_home() -> Path:
-    """COMNECK_HOME, or ``comneck`` in the user's cache folder."""
-    from platformdirs import user_cache_path
-
-    chosen = os.environ.get("COMNECK_HOME")
-    return Path(chosen).expanduser() if chosen else user_cache_path("comneck", appauthor=False)
 
 
 @dataclass(frozen=True)
@@ -100,7 +93,7 @@ class Store:
         store.verify("clip-vit-b-16")  # raises if a byte has changed since
 
     Args:
-        home: the cache folder; default_home() by default.
+        home: the cache folder; shared.home.home() by default.
         artefacts: by name; the catalogue by default.
         say: takes the lines that tell what goes on; the log by default.
     """
@@ -111,7 +104,7 @@ class Store:
         artefacts: Mapping[str, Artefact] | None = None,
         say: Callable[[str], object] = _log.info,
     ) -> None:
-        self.home = default_home() if home is None else home
+        self.home = default_folder() if home is None else home
         self.artefacts = catalogue() if artefacts is None else artefacts
         self._say = say
 

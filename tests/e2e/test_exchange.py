@@ -38,7 +38,7 @@ def test_send_prints_the_answer_and_one_line_of_receipt(edge: Edge, cat: Path) -
     answer, receipt = done.stdout.strip().splitlines()
     assert len(answer.split()) >= 3
     assert re.match(
-        r"[\d,]+ B sent \([\d,]+ B on the wire\), 0\.\d+ bpp, \d+x smaller than JPEG 75 \([\d,]+ B\) \| ", receipt
+        r"[\d,]+ B sent \([\d,]+ B on the wire\), 0\.\d+ bpp, [\d.]+x smaller than JPEG 75 \([\d,]+ B\) \| ", receipt
     )
     for stage in ("encode", "network", "decode+neck", "vision", "generation"):
         assert re.search(rf"{re.escape(stage)} [\d,]+ ms", receipt)

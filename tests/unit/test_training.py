@@ -19,7 +19,7 @@ from shared.images import Preparation
 from shared.profiles import ClipSpec
 from training.features import teacher_features
 from training.loop import Losses, Schedule, generator, train
-from training.neck import relative_error, start_from_clip
+from training.neck import channel_variance, relative_error, start_from_clip
 from training.photos import Entry, Question, pixel_cache, read_photo_set
 from training.samples import CAPTION_PROMPTS, SampleSource, tidy, with_article
 
@@ -155,14 +155,16 @@ def test_a_neck_starts_nearer_to_clip_than_its_mean() -> None:
     chunk = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
     entry = tower.blocks(tower.embed(chunk), 0, 1).numpy().astype(np.float16)
     neck = TransformNeck(768, SPEC.grid, SPEC.width, SPEC.heads)
-    untrained = float(relative_error(neck(torch.from_numpy(y_hat).float()), torch.from_numpy(entry).float()))
+    given, wanted = torch.from_numpy(y_hat).float(), torch.from_numpy(entry).float()
+    untrained = float(relative_error(neck(given), wanted, channel_variance(wanted)))
     start_from_clip(neck, tower, y_hat, pixels, entry)
-    started = float(relative_error(neck(torch.from_numpy(y_hat).float()), torch.from_numpy(entry).float()))
+    started = float(relative_error(neck(given), wanted, channel_variance(wanted)))
     assert started < 0.5 < untrained
 
 
 def test_relative_error_is_one_for_the_mean_and_zero_for_the_truth() -> None:
     teacher = torch.randn(4, 10, 6) * 3 + 1
+    teacher[..., 0] *= 1000  # counts for no more than another channel
     mean = teacher.mean((0, 1), keepdim=True).expand_as(teacher)
-    assert float(relative_error(teacher, teacher)) == 0
-    assert float(relative_error(mean, teacher)) == pytest.approx(1)
+    assert float(relative_error(teacher, teacher, channel_variance(teacher))) == 0
+    assert float(relative_error(mean, teacher, channel_variance(teacher))) == pytest.approx(1)
