@@ -44,7 +44,7 @@ class ConnectorTraining:
     blocks: int = option("transformer blocks of the connector", 2)
     length: int = option("visual tokens per photo", 16)
     adapted_layers: int = option("how many of the language model's last layers are adapted", 24)
-    steps: int = option("optimiser steps", 1500)
+    steps: int = option("optimiser steps", 1000)
     batch: int = option("photos a step", 16)
     per_photo: int = option("exchanges a photo", 2)
     answer_tokens: int = option("longer answers are cut: a few long ones would make every batch slow", 20)

@@ -41,9 +41,10 @@ class NeckTraining:
     codec: Path = option("the codec's weights, from `comneck train codec`")
     profile: str = option("profile whose CLIP the neck enters", "small")
     warmup_steps: int = option("steps that regress the tokens entering CLIP", 800)
-    distil_steps: int = option("steps that distil at CLIP's end", 1000)
+    distil_steps: int = option("steps that distil at CLIP's end", 850)
     batch: int = option("photos a step", 8)
-    rate: float = option("peak learning rate", 3e-4)
+    warmup_rate: float = option("peak learning rate of the warm-up", 3e-4)
+    distil_rate: float = option("peak learning rate of the distillation; at three times this it stands still", 1e-4)
     seed: int = option("seed of the order of photos", 1)
     storage: Storage = option("of the trained weights: float16, int8 or float32", "int8")
 
@@ -107,8 +108,11 @@ def run(options: NeckTraining) -> None:
         cosine = torch.cosine_similarity(projected[:, 0].float(), wanted[:, 0].float(), -1).mean()
         return {"loss": torch.stack(list(terms.values())).sum(), **terms, "cosine": cosine}
 
-    for name, steps, losses in (("warmup", options.warmup_steps, warm_up), ("distil", options.distil_steps, distil)):
-        optimizer = torch.optim.AdamW(neck.parameters(), lr=options.rate, weight_decay=0.01)
+    for name, steps, rate, losses in (
+        ("warmup", options.warmup_steps, options.warmup_rate, warm_up),
+        ("distil", options.distil_steps, options.distil_rate, distil),
+    ):
+        optimizer = torch.optim.AdamW(neck.parameters(), lr=rate, weight_decay=0.01)
         schedule = Schedule(steps, warmup=min(50, steps // 10))
         train(neck, optimizer, schedule, batches, losses, options.out / name, log_every=20, save_every=100)
     save_tensors(options.out / "neck.safetensors", neck.state_dict(), options.storage, {"profile": profile.name})

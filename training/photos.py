@@ -41,6 +41,7 @@ class Entry:
     split: str = "train"
     captions: tuple[str, ...] = ()
     label: str | None = None
+    credit: str = ""
     wnid: str | None = None
     questions: tuple[Question, ...] = field(default=())
 
@@ -79,6 +80,7 @@ def _entry(folder: Path, row: dict) -> Entry:
         split=row.get("split", "train"),
         captions=tuple(row.get("captions", ())),
         label=row.get("label"),
+        credit=" ".join(row[key] for key in ("author", "url", "licence") if key in row),
         wnid=row.get("wnid"),
         questions=tuple(
             Question(item["q"], tuple(item["a"]), tuple(item.get("choices", ()))) for item in row.get("qa", ())

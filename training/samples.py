@@ -92,7 +92,9 @@ def tidy(text: str) -> str:
 def with_article(label: str) -> str:
     """ "an abacus", "a tench"; plurals and names that carry an article stay as they are."""
     label = label.replace("_", " ")
-    if label.lower().startswith(("a ", "an ", "the ")) or (label.endswith("s") and not label.endswith("ss")):
+    if label.lower().startswith(("a ", "an ", "the ")) or (
+        label.endswith("s") and not label.endswith(("ss", "us", "is"))
+    ):
         return label
     return f"{'an' if label[:1].lower() in 'aeiou' else 'a'} {label}"
 

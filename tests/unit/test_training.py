@@ -156,9 +156,9 @@ def test_a_neck_starts_nearer_to_clip_than_its_mean() -> None:
     entry = tower.blocks(tower.embed(chunk), 0, 1).numpy().astype(np.float16)
     neck = TransformNeck(768, SPEC.grid, SPEC.width, SPEC.heads)
     given, wanted = torch.from_numpy(y_hat).float(), torch.from_numpy(entry).float()
-    untrained = float(relative_error(neck(given), wanted, channel_variance(wanted)))
+    untrained = float(relative_error(neck(given), wanted, channel_variance(wanted)).detach())
     start_from_clip(neck, tower, y_hat, pixels, entry)
-    started = float(relative_error(neck(given), wanted, channel_variance(wanted)))
+    started = float(relative_error(neck(given), wanted, channel_variance(wanted)).detach())
     assert started < 0.5 < untrained
 
 
