@@ -15,6 +15,7 @@ from shared.errors import BadInput, ComneckError, exit_code_help
 
 INTERRUPTED = 130
 READER_GONE = 141  # as a shell reports SIGPIPE
+EXTRAS = "pip install 'comneck[server]' has what a server needs, 'comneck[train]' what training and evaluation need"
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,6 +52,9 @@ def run(parser: Parser, argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         if isinstance(problem, ComneckError):
             code, message = problem.exit_code, str(problem)
+        elif isinstance(problem, ModuleNotFoundError):
+            code = ComneckError.exit_code
+            message = f"this needs the Python package {problem.name}: {EXTRAS}"
         else:
             code = ComneckError.exit_code
             message = f"unexpected {type(problem).__name__}: {problem} (COMNECK_DEBUG=1 shows where)"
