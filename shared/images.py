@@ -51,7 +51,7 @@ class Photo:
 
 @dataclass(frozen=True)
 class Preparation:
-    """How a photo becomes the codec's input (originals.md 0.5, 1d, 2a, 3a).
+    """How a photo becomes the codec's input (as each system's authors do it).
 
     Attributes:
         height: rows of the codec's input.

@@ -2,7 +2,7 @@
 
 Each adapted layer attends to its text as ever, and besides to the adapter's keys under a softmax of their own, whose
 result enters through ``tanh(gate)``. The adapter's keys get neither normalisation nor rotary positions; the queries
-have theirs (originals.md 1c).
+have theirs. The golden tests hold it to the original's outputs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""LLaMA-Adapter v1, captioning (originals.md 1): CLIP tokens steer the last layers of a frozen LLaMA through gates.
+"""LLaMA-Adapter v1, captioning (Zhang et al., 2023): CLIP tokens steer a frozen LLaMA's last layers through gates.
 
 CLIP tokens, projected (B, 1 + patches, 768) -> Connector -> visual tokens (B, K, D)
 layer i of the last L: adapter_i = query_i + visual tokens -> its own keys and values -> gated attention

@@ -8,7 +8,7 @@ from shared.errors import UnknownName
 
 
 def plain(prompt: str) -> str:
-    """As published for LLaMA-Adapter's captions: the prompt and nothing else (originals.md 1d)."""
+    """As published for LLaMA-Adapter's captions: the prompt and nothing else."""
     return prompt
 
 

@@ -28,7 +28,8 @@ class VisionNeeds:
     Attributes:
         last_block: index of the last block to run; -1 for CLIP's last, -2 for the one before.
         project: whether every token goes through ln_post and the projection into CLIP's joint space.
-        ln_post_times: OpenAI's CLIP applies ln_post once; the authors' necks were trained under two (originals.md 0.4).
+        ln_post_times: OpenAI's CLIP applies ln_post once; the authors' necks were trained under two, as
+            their modified CLIP's forward has it.
     """
 
     last_block: int = -1

@@ -15,7 +15,7 @@ class TransformNeck(nn.Module):
         y_hat (B, M, h, w) -> linear -> [CLS] + positions -> LayerNorm -> one CLIP block -> (B, 1 + h w, D)
 
     It replaces g_s, CLIP's patch embedding and CLIP's first two blocks, and is the only part trained for machine use in
-    d1. Parameter names are those of the authors' release (originals.md 0.3).
+    d1. Parameter names are those of the authors' release, so that a published neck loads as it is.
 
     Args:
         channels: M of the codec.

@@ -1,4 +1,4 @@
-"""ELIC (He et al., CVPR 2022) in the Chandelier layout, which is ComNeck's base codec (originals.md 5.1).
+"""ELIC (He et al., CVPR 2022) in the Chandelier layout, which is ComNeck's base codec.
 
 The network is CompressAI's; what is ours is the walk through it, which training, encoding and decoding share:
 

@@ -1,4 +1,4 @@
-"""DESIGN.md: imports run one way, and --help answers at once."""
+"""docs/architecture.md: imports run one way, and --help answers at once."""
 
 from __future__ import annotations
 
