@@ -66,7 +66,7 @@ def write(
 def choose(logits: Tensor, generation: Generation, random: torch.Generator) -> Tensor:
     """The next token of each answer, (B, vocabulary) -> (B,): the likeliest, or a draw from the nucleus.
 
-    The nucleus is LLaMA-Adapter's own (its sample_top_p): tokens in descending order, dropped once the probability of those
+    The nucleus is LLaMA-Adapter's: tokens in descending order, dropped once the probability of those
     before them exceeds ``top_p``.
     """
     if generation.temperature == 0:
