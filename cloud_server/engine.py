@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from shared.conversation import Answer, Conversation, ServerProfile
 from shared.errors import BadInput, ProfileMismatch, UnknownName
+from shared.profiles import get_profile
 
 if TYPE_CHECKING:
     from cloud_server.pipeline import Pipeline
@@ -44,6 +45,7 @@ class Engine:
             UnknownName: no such profile.
             WeightsUnavailable: an artefact could not be had.
         """
+        get_profile(settings.profile)  # a wrong name is told before seconds of imports
         from cloud_server.pipeline import Pipeline
 
         return cls(Pipeline.load(settings.profile, settings.device, settings.threads), settings)

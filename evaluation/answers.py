@@ -6,6 +6,7 @@ Captioned photos are scored by CIDEr, labelled ones by whether the answer names 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -47,8 +48,12 @@ class AnswerEvaluation:
 
 @dataclass(frozen=True)
 class Row:
-    """One photo, both ways: what was said, and the bytes of the bitstream."""
+    """One photo, both ways: what was said, and the bytes of the bitstream.
 
+    ``run`` names models and prompts: answers of others are never taken for a run's own.
+    """
+
+    run: str
     file: str
     pixels: str
     bitstream: str
@@ -61,7 +66,8 @@ def run(options: AnswerEvaluation) -> None:
     pipeline = Pipeline.load(options.profile)
     answers = options.out.with_suffix(".answers.jsonl")
     answers.parent.mkdir(parents=True, exist_ok=True)
-    done = read_rows(answers)
+    key = fingerprint(options, pipeline)
+    done = read_rows(answers, key)
     missing = [entry for entry in entries if _key(options, entry) not in done]
     bar = tqdm(total=len(entries), initial=len(entries) - len(missing), desc="photos", unit="photo")
     with answers.open("a", encoding="utf-8") as lines:
@@ -69,13 +75,13 @@ def run(options: AnswerEvaluation) -> None:
             group = [entry for entry in missing if _prompt(options, entry) == prompt]
             for first in range(0, len(group), options.batch):
                 chunk = group[first : first + options.batch]
-                for row in measure(pipeline, options, chunk, prompt):
+                for row in measure(pipeline, options, chunk, prompt, key):
                     lines.write(json.dumps(asdict(row)) + "\n")
                 lines.flush()
                 os.fsync(lines.fileno())
                 bar.update(len(chunk))
     bar.close()
-    figures = summarise(options, entries, read_rows(answers), pipeline)
+    figures = summarise(options, entries, read_rows(answers, key), pipeline)
     options.out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(figures, indent=2))
 
@@ -96,7 +102,14 @@ def select(options: AnswerEvaluation) -> list[Entry]:
     return entries[: options.limit] if options.limit else entries
 
 
-def measure(pipeline: Pipeline, options: AnswerEvaluation, chunk: list[Entry], prompt: str) -> list[Row]:
+def fingerprint(options: AnswerEvaluation, pipeline: Pipeline) -> str:
+    """Names what the answers depend on: models, prompts, length."""
+    models = pipeline.digests(pipeline.backend(""))
+    settings = (sorted(models.items()), options.caption_prompt, options.label_prompt, options.max_tokens)
+    return hashlib.sha256(repr(settings).encode()).hexdigest()[:12]
+
+
+def measure(pipeline: Pipeline, options: AnswerEvaluation, chunk: list[Entry], prompt: str, key: str) -> list[Row]:
     """Both ways for a batch of photos."""
     profile, backend = pipeline.profile, pipeline.backend("")
     photos = [prepare(load_photo(entry.path), profile.preparation) for entry in chunk]
@@ -105,7 +118,7 @@ def measure(pipeline: Pipeline, options: AnswerEvaluation, chunk: list[Entry], p
     received = pipeline.look(pipeline.enter(bitstreams), backend.needs)
     said = [_answers(backend, features, prompt, options.max_tokens) for features in (seen, received)]
     return [
-        Row(_key(options, entry), plain, coded, len(bitstream), bitstream.bpp)
+        Row(key, _key(options, entry), plain, coded, len(bitstream), bitstream.bpp)
         for entry, plain, coded, bitstream in zip(chunk, *said, bitstreams, strict=True)
     ]
 
@@ -160,8 +173,8 @@ def _compare(metric: str, scores: dict[str, Any], rows: list[Row]) -> dict[str, 
     }
 
 
-def read_rows(path: Path) -> dict[str, Row]:
-    """The answers of a run so far, by photo. A last line that a kill cut short is dropped."""
+def read_rows(path: Path, run: str | None = None) -> dict[str, Row]:
+    """The answers so far by photo, of one run or of all. A last line that a kill cut short is dropped."""
     rows: dict[str, Row] = {}
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -169,7 +182,8 @@ def read_rows(path: Path) -> dict[str, Row]:
                 row = Row(**json.loads(line))
             except (ValueError, TypeError):
                 continue
-            rows[row.file] = row
+            if run is None or row.run == run:
+                rows[row.file] = row
     return rows
 
 
