@@ -41,7 +41,7 @@ class NeckTraining:
     codec: Path = option("the codec's weights, from `comneck train codec`")
     profile: str = option("profile whose CLIP the neck enters", "small")
     warmup_steps: int = option("steps that regress the tokens entering CLIP", 800)
-    distil_steps: int = option("steps that distil at CLIP's end", 850)
+    distil_steps: int = option("steps that distil at CLIP's end", 700)
     batch: int = option("photos a step", 8)
     warmup_rate: float = option("peak learning rate of the warm-up", 3e-4)
     distil_rate: float = option("peak learning rate of the distillation; at three times this it stands still", 1e-4)
