@@ -35,7 +35,7 @@ proto: env
 	$(BIN)/python proto/generate.py
 
 lock: env
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra dev --no-emit-index-url --no-header \
+	$(BIN)/uv pip compile --quiet --python-platform linux --python-version 3.11 --extra dev --no-emit-index-url --no-header \
 		--output-file requirements.lock pyproject.toml
 
 clean:
