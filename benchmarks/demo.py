@@ -5,9 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from benchmarks.server import COMMANDS, running_server, sample_photo
-
-PHOTO = "chelsea.png"  # by Stefan van der Walt, CC0
+from benchmarks.server import COMMANDS, PHOTO, running_server, sample_photo
 
 
 def main() -> int:
@@ -18,7 +16,7 @@ def main() -> int:
     with running_server() as server:
         print(f"profile small, gRPC on {server.grpc}\n")
         print(f'$ edge-client send {PHOTO} "describe this"', flush=True)
-        send = [COMMANDS / "edge-client", "send", sample_photo(PHOTO), "describe this", "--server", server.grpc]
+        send = [COMMANDS / "edge-client", "send", sample_photo(), "describe this", "--server", server.grpc]
         return subprocess.run(send, check=False).returncode
 
 

@@ -19,12 +19,11 @@ from benchmarks.server import running_server, sample_photo
 from edge_client.client import Client
 from shared.images import Preparation, load_photo, prepare
 
-PHOTO = "chelsea.png"  # by Stefan van der Walt, CC0
 PROMPT = "describe this"
 
 
 def main() -> None:
-    photo = sample_photo(PHOTO)
+    photo = sample_photo()
     with running_server() as server, Client(server.grpc) as client:
         client.ask(photo, PROMPT)  # loads the codec
         reply = client.ask(photo, PROMPT)

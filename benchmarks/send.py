@@ -19,7 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=20, help="questions (default: %(default)s)")
     count = parser.parse_args().count
-    photo = sample_photo("chelsea.png")
+    photo = sample_photo()
     with running_server() as server, Client(server.grpc) as client:
         loaded = psutil.Process(server.pid).memory_info().rss
         replies = [client.ask(photo, "describe this") for _ in range(count + 1)]

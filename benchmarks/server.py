@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 COMMANDS = Path(sys.executable).parent
+PHOTO = "rocket.jpg"  # the launch of DSCOVR, SpaceX, CC0
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def running_server(*flags: str) -> Iterator[Running]:
             process.terminate()
 
 
-def sample_photo(name: str) -> Path:
+def sample_photo(name: str = PHOTO) -> Path:
     """A photograph that scikit-image's package carries, so that nobody has to fetch one."""
     package = find_spec("skimage")
     if package is None or package.origin is None:
