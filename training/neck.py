@@ -71,9 +71,10 @@ def run(options: NeckTraining) -> None:
     start_from_clip(neck, tower, y_hat, pixels, teacher.entry)
 
     def batches(step: int) -> Iterator[Batch]:
+        a_round = -(-len(y_hat) // options.batch)  # steps in which every photo comes once
         while True:
-            order = torch.randperm(len(y_hat), generator=generator(options.seed, step * options.batch // len(y_hat)))
-            first = step * options.batch % (len(y_hat) - options.batch + 1)
+            order = torch.randperm(len(y_hat), generator=generator(options.seed, step // a_round))
+            first = step % a_round * options.batch
             yield load_batch(y_hat, teacher, order[first : first + options.batch])
             step += 1
 

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import torch
 
+from shared.errors import BadInput
 from training.photos import Entry
 
 T = TypeVar("T")
@@ -58,6 +59,9 @@ class SampleSource:
         self._kinds = [
             (share, kind, photos) for kind, (share, photos) in enumerate(zip(shares, kinds, strict=True)) if photos
         ]
+
+        if not self._kinds:
+            raise BadInput("none of the training photos has captions, a label or questions: there is nothing to teach")
 
     def draw(self, count: int, per_photo: int, source: torch.Generator) -> list[Sample]:
         """``count`` photos with ``per_photo`` exchanges each, photo by photo."""

@@ -128,6 +128,11 @@ def test_samples_are_drawn_from_what_each_photo_has() -> None:
     assert said[3] == {("how many?", "2")}
 
 
+def test_photos_with_nothing_to_teach_are_refused() -> None:
+    with pytest.raises(BadInput, match="captions"):
+        SampleSource([Entry(Path("a"))])
+
+
 SPEC = ClipSpec(weights="none", patch=16, width=32, layers=3, heads=2, projection=8, image=64)
 
 
