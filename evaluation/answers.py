@@ -71,7 +71,9 @@ def run(options: AnswerEvaluation) -> None:
     missing = [entry for entry in entries if _key(options, entry) not in done]
     bar = tqdm(total=len(entries), initial=len(entries) - len(missing), desc="photos", unit="photo")
     with answers.open("a", encoding="utf-8") as lines:
-        for prompt in (options.caption_prompt, options.label_prompt):
+        if lines.tell() and not answers.read_bytes().endswith(b"\n"):
+            lines.write("\n")  # a kill cut the last line short; the next must not continue it
+        for prompt in dict.fromkeys((options.caption_prompt, options.label_prompt)):
             group = [entry for entry in missing if _prompt(options, entry) == prompt]
             for first in range(0, len(group), options.batch):
                 chunk = group[first : first + options.batch]

@@ -75,7 +75,8 @@ def train(
     module.train()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     sums: dict[str, float] = {}
-    since, started, skipped = step, clock(), 0
+    spent = curve.rows[-1]["seconds"] if curve.rows else 0.0
+    since, started, skipped = step, clock() - spent, 0
     bar = tqdm(total=schedule.steps, initial=step, desc=out.name, unit="step", mininterval=5.0, dynamic_ncols=True)
     source = batches(step)
     while step < schedule.steps:
