@@ -36,6 +36,7 @@ class Engine:
         self._pipeline = pipeline
         self._settings = settings
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._profile = _server_profile(pipeline, settings)
 
     @classmethod
     def load(cls, settings: ServerSettings) -> Engine:
@@ -52,18 +53,7 @@ class Engine:
 
     def server_profile(self) -> ServerProfile:
         """What a client must know to encode for this server."""
-        profile, settings = self._pipeline.profile, self._settings
-        return ServerProfile(
-            profile=profile.name,
-            codec_digest=self._pipeline.codec.digest_bytes.hex(),
-            scenario=profile.scenario,
-            rate=profile.rate,
-            backends=tuple(self._pipeline.backends),
-            max_request_bytes=settings.max_request_bytes,
-            max_images=settings.max_images,
-            max_tokens=settings.max_tokens,
-            version=version("comneck"),
-        )
+        return self._profile
 
     async def answer(self, conversation: Conversation) -> Answer:
         """The whole answer."""
@@ -122,14 +112,15 @@ class Engine:
             raise BadInput(f"temperature {generation.temperature} is outside 0 to 2")
         if not 0 < generation.top_p <= 1:
             raise BadInput(f"top_p {generation.top_p} is outside 0 (excluded) to 1")
-        profile, digest = self._pipeline.profile, self._pipeline.codec.digest_bytes
-        expected = (digest, profile.preparation.height, profile.preparation.width)
+        size = self._pipeline.profile.preparation
         for image in conversation.images:
-            given = (image.codec_digest, image.height, image.width)
-            if given != expected:
+            digest = image.codec_digest.hex()
+            same_size = (image.height, image.width) == (size.height, size.width)
+            if self._profile.qualities.get(image.quality) != digest or not same_size:
                 raise ProfileMismatch(
-                    f"a photo was encoded by codec {_name(given)}; this server runs profile {profile.name!r}, which is "
-                    f"codec {_name(expected)}: encode with that profile"
+                    f"a photo was encoded at {image.width}x{image.height}, quality {image.quality} by codec {digest}; "
+                    f"this server runs profile {self._profile.profile!r}, which is {size.width}x{size.height}, "
+                    f"{self._profile.offer}: encode with that profile"
                 )
 
     def _work(
@@ -147,6 +138,16 @@ class Engine:
             emit(problem)
 
 
-def _name(codec: tuple[bytes, int, int]) -> str:
-    digest, height, width = codec
-    return f"{digest.hex()} at {width}x{height}"
+def _server_profile(pipeline: Pipeline, settings: ServerSettings) -> ServerProfile:
+    profile, served = pipeline.profile, pipeline.entrances
+    return ServerProfile(
+        profile=profile.name,
+        qualities={quality: entrance.codec.digest_bytes.hex() for quality, entrance in served.items()},
+        scenario=profile.scenario,
+        quality=min(served, key=lambda quality: abs(quality - profile.quality)),  # its own, unless that is left out
+        backends=tuple(pipeline.backends),
+        max_request_bytes=settings.max_request_bytes,
+        max_images=settings.max_images,
+        max_tokens=settings.max_tokens,
+        version=version("comneck"),
+    )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -15,19 +17,38 @@ from cloud_server.vision.neck import TransformNeck
 from shared.bitstream import Bitstream
 from shared.codecs.codec import Codec
 from shared.conversation import Answer, Conversation, Timings
+from shared.errors import BadInput, ComneckError, UnknownName, WeightsUnavailable
 from shared.images import Photo
 from shared.profiles import Profile, get_profile
 from shared.weights.digest import load_tensors
 from shared.weights.store import digest_of, ensure
 
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Entrance:
+    """The way of a quality's bitstreams into CLIP; qualities of the same weights share one.
+
+    Attributes:
+        neck_digest: SHA-256 in hex of the neck's artefact.
+    """
+
+    codec: Codec
+    neck: TransformNeck
+    neck_digest: str
+
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Codec, neck, CLIP and backends of one profile, on one device. The codec's entropy path stays on the CPU."""
+    """Codecs, necks, CLIP and backends of one profile, on one device. The codecs stay on the CPU.
+
+    Attributes:
+        entrances: by quality, ascending; at least one.
+    """
 
     profile: Profile
-    codec: Codec
-    neck: TransformNeck
+    entrances: dict[int, Entrance]
     tower: ClipTower
     backends: dict[str, Backend]
     device: torch.device
@@ -36,9 +57,14 @@ class Pipeline:
     def load(cls, name: str, device: str = "auto", threads: int = 0) -> Pipeline:
         """Loads every model of profile ``name``, fetching what is missing.
 
+        Qualities whose weights cannot be had are left out; the log says which and why.
+
         Args:
             device: ``cpu``, ``cuda``, or ``auto``: the GPU where there is one.
             threads: for the CPU; 0: all of its cores.
+
+        Raises:
+            WeightsUnavailable: a model could not be had; of codecs and necks, those of all qualities.
         """
         profile = get_profile(name)
         if threads:
@@ -46,37 +72,47 @@ class Pipeline:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         place = torch.device(device)
-        codec = Codec.load(ensure(profile.codec.weights))
-        clip = profile.clip
-        neck = TransformNeck(codec.transforms.config.M, clip.grid, clip.width, clip.heads)
-        neck.load_state_dict({key: value.float() for key, value in load_tensors(ensure(profile.neck)).items()})
         return cls(
             profile=profile,
-            codec=codec,
-            neck=neck.eval().requires_grad_(False).to(place),
-            tower=ClipTower.load(clip, ensure(clip.weights)).to(place),
+            entrances=load_entrances(profile, place),
+            tower=ClipTower.load(profile.clip, ensure(profile.clip.weights)).to(place),
             backends={spec.name: backends.get(spec.name).load(spec, profile, place) for spec in profile.backends},
             device=place,
         )
+
+    def codec(self, quality: int) -> Codec:
+        """The codec of a quality that is served."""
+        return self.entrances[quality].codec
 
     def backend(self, name: str) -> Backend:
         """The backend of that name; of the empty name, the default."""
         return self.backends[name] if name else next(iter(self.backends.values()))
 
-    def digests(self, backend: Backend) -> dict[str, str]:
-        """SHA-256 of every model that takes part in an answer, by role."""
-        own = {
-            "codec": self.codec.digest,
-            "neck": digest_of(self.profile.neck),
-            "clip": digest_of(self.profile.clip.weights),
-        }
-        return own | backend.digests
+    def digests(self, backend: Backend, qualities: Iterable[int] | None = None) -> dict[str, str]:
+        """SHA-256 of every model that takes part in an answer, by role; of several in one role, a space between them.
+
+        Args:
+            qualities: of the photos that it is about; all that are served where left out.
+        """
+        taken = [self.entrances[quality] for quality in (self.entrances if qualities is None else qualities)]
+        roles = {"clip": digest_of(self.profile.clip.weights), **backend.digests}
+        if taken:
+            roles["codec"] = " ".join(dict.fromkeys(entrance.codec.digest for entrance in taken))
+            roles["neck"] = " ".join(dict.fromkeys(entrance.neck_digest for entrance in taken))
+        return roles
 
     @torch.inference_mode()
     def enter(self, bitstreams: Sequence[Bitstream]) -> Tensor:
-        """Bitstreams -> the tokens that enter CLIP's third block, (B, 1 + patches, D)."""
-        y_hat = torch.cat([self.codec.decode(bitstream).y_hat for bitstream in bitstreams])
-        return self.neck(y_hat.to(self.device))
+        """Bitstreams of one size -> the tokens that enter CLIP's third block, (B, 1 + patches, D)."""
+        groups: dict[Entrance, list[int]] = {}
+        for place, bitstream in enumerate(bitstreams):
+            groups.setdefault(self.entrances[bitstream.quality], []).append(place)
+        tokens: list[Tensor] = []
+        for entrance, places in groups.items():
+            latents = entrance.codec.decode_all([bitstreams[place] for place in places])
+            tokens.append(entrance.neck(torch.cat([one.y_hat for one in latents]).to(self.device)))
+        order = torch.tensor([place for places in groups.values() for place in places], device=self.device)
+        return torch.cat(tokens)[order.argsort()]
 
     @torch.inference_mode()
     def look(self, tokens: Tensor, needs: VisionNeeds) -> VisionFeatures:
@@ -120,5 +156,54 @@ class Pipeline:
                 vision=1000 * (looked - entered),
                 generation=1000 * (written - looked),
             ),
-            digests=self.digests(backend),
+            digests=self.digests(backend, [bitstream.quality for bitstream in conversation.images]),
         )
+
+
+def load_entrances(profile: Profile, device: torch.device) -> dict[int, Entrance]:
+    """Codec and neck of every quality whose weights are here or to be had; none are loaded twice.
+
+    Raises:
+        WeightsUnavailable: there is no such quality.
+    """
+    clip = profile.clip
+
+    @cache
+    def codec(name: str) -> Codec:
+        return Codec.load(ensure(name))
+
+    @cache
+    def neck(name: str, channels: int) -> TransformNeck:
+        made = TransformNeck(channels, clip.grid, clip.width, clip.heads)
+        made.load_state_dict({key: value.float() for key, value in load_tensors(ensure(name)).items()})
+        return made.eval().requires_grad_(False).to(device)
+
+    @cache
+    def entrance(codec_name: str, neck_name: str) -> Entrance | ComneckError:
+        try:
+            for name in (codec_name, neck_name):
+                ensure(name)  # both, before either is loaded
+            own = codec(codec_name)
+            return Entrance(own, neck(neck_name, own.M), digest_of(neck_name))
+        except (UnknownName, WeightsUnavailable) as problem:
+            return problem
+
+    found: dict[int, Entrance] = {}
+    missing: dict[int, ComneckError] = {}
+    for quality in profile.codec.qualities:
+        weights = profile.codec_weights(quality)
+        result = entrance(weights, profile.neck_weights(quality))
+        if not isinstance(result, Entrance):
+            missing[quality] = result
+        elif quality not in result.codec.qualities:
+            known = ", ".join(map(str, result.codec.qualities))
+            missing[quality] = BadInput(f"{weights} has no quality {quality}; it has {known}")
+        else:
+            found[quality] = result
+    if not found:
+        raise WeightsUnavailable(
+            f"no quality of profile {profile.name!r} can be decoded here: {missing[profile.quality]}"
+        )
+    for quality, problem in missing.items():
+        log.warning("quality %d of profile %s is left out: %s", quality, profile.name, problem)
+    return found

@@ -12,8 +12,12 @@ _SDK = {
     "AsyncClient": "edge_client.client",
     "Client": "edge_client.client",
     "Encoder": "edge_client.encoder",
+    "read_bitstream": "edge_client.stored",
+    "reconstruct": "edge_client.stored",
     "Generation": "shared.conversation",
     "Bitstream": "shared.bitstream",
+    "Codec": "shared.codecs.codec",
+    "Photo": "shared.images",
     "ComneckError": "shared.errors",
 }
 __all__ = sorted(_SDK)

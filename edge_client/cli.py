@@ -1,4 +1,4 @@
-"""``edge-client``: sends a photo as a few hundred bytes and prints what a server says about it."""
+"""``edge-client``: encodes photos into a few hundred bytes, looks into them, sends them and prints the answer."""
 
 from __future__ import annotations
 
@@ -9,30 +9,43 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shared.bitstream import SUFFIX
 from shared.command import Parser, run
 from shared.conversation import Generation
 from shared.errors import BadInput
+from shared.profiles import DEFAULT_PROFILE
 from shared.wire import GRPC_PORT
 
 if TYPE_CHECKING:
-    from edge_client.client import Reply
+    from edge_client.client import Options, Reply
+
+IMAGE = "a picture file: JPEG, PNG, WebP, AVIF, ..."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="edge-client", description="Asks a comneck server about photos.")
+    parser = Parser(prog="edge-client", description="Encodes photos and asks a comneck server about them.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_send(commands)
+    _add_encode(commands)
+    _add_inspect(commands)
+    _add_decode(commands)
+    return run(parser, argv)
+
+
+def _add_send(commands: Any) -> None:
     send = commands.add_parser(
         "send",
         help="send a photo and a question, print the answer",
         description="Encodes a photo as the server expects it, sends it with a question, prints the answer as it is "
         "written, then a line that says what it cost: bytes, bits per pixel, time.",
     )
-    send.add_argument("image", metavar="IMAGE", type=Path, help="a picture file: JPEG, PNG, WebP, AVIF, ...")
+    send.add_argument("image", metavar="IMAGE", type=Path, help=f"{IMAGE}, or what `encode` wrote ({SUFFIX})")
     send.add_argument("prompt", metavar="PROMPT", help='what to say about it: "describe this"')
     defaults = Generation()
     send.add_argument(
         "--server", metavar="HOST:PORT", default=f"127.0.0.1:{GRPC_PORT}", help="gRPC address (default: %(default)s)"
     )
+    _add_quality(send, "the server's choice")
     send.add_argument("--backend", metavar="NAME", default="", help="who is to answer (default: the server's choice)")
     send.add_argument(
         "--max-tokens", metavar="N", type=int, default=defaults.max_tokens, help="length (default: %(default)s)"
@@ -55,7 +68,67 @@ def main(argv: Sequence[str] | None = None) -> int:
     send.add_argument("--timeout", metavar="S", type=float, default=60.0, help="seconds allowed (default: %(default)g)")
     send.add_argument("--json", action="store_true", help="print answer and receipt as one JSON object")
     send.set_defaults(run=_send)
-    return run(parser, argv)
+
+
+def _add_encode(commands: Any) -> None:
+    encode = commands.add_parser(
+        "encode",
+        help="encode a photo into a file",
+        description=f"Encodes a photo into a bitstream ({SUFFIX}), for `send` or another machine, and prints a line "
+        "that says how large it is. No server is needed.",
+    )
+    encode.add_argument("image", metavar="IMAGE", type=Path, help=IMAGE)
+    encode.add_argument("-o", "--out", metavar=f"FILE{SUFFIX}", type=Path, required=True, help="file to write")
+    encode.add_argument(
+        "--profile", metavar="NAME", default=DEFAULT_PROFILE, help="of the server it is for (default: %(default)s)"
+    )
+    _add_quality(encode, "the profile's own")
+    encode.set_defaults(run=_encode)
+
+
+def _add_inspect(commands: Any) -> None:
+    inspect = commands.add_parser(
+        "inspect",
+        help="tell what is in a bitstream",
+        description="Prints every field of a bitstream's header, its bytes by part, and whether this machine decodes "
+        "it, or why not.",
+    )
+    _add_file(inspect)
+    inspect.add_argument("--json", action="store_true", help="print one JSON object")
+    inspect.set_defaults(run=_inspect)
+
+
+def _add_decode(commands: Any) -> None:
+    decode = commands.add_parser(
+        "decode",
+        help="decode a bitstream into a picture",
+        description="Decodes a bitstream into the picture that its codec makes of it, in the size that was encoded. "
+        "Servers never do this: they answer from the latents.",
+    )
+    _add_file(decode)
+    decode.add_argument(
+        "-o", "--out", metavar="PICTURE", type=Path, required=True, help="file to write: .png, .jpg, .webp, ..."
+    )
+    decode.add_argument(
+        "--profile", metavar="NAME", help="whose codec decodes it (default: the one on this machine that does)"
+    )
+    decode.set_defaults(run=_decode)
+
+
+def _add_quality(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--quality", metavar="N", type=int, help=f"1 to 15; more is larger and better (default: {default})"
+    )
+    parser.add_argument(
+        "--max-bytes",
+        metavar="N",
+        type=int,
+        help="size of the bitstream: the best quality that fits is taken, up to --quality if that is given",
+    )
+
+
+def _add_file(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar=f"FILE{SUFFIX}", type=Path, help="a bitstream, as `encode` writes it")
 
 
 def _send(arguments: argparse.Namespace) -> None:
@@ -63,14 +136,20 @@ def _send(arguments: argparse.Namespace) -> None:
         raise BadInput('the prompt is empty; ask something: "describe this"')
 
     from edge_client.client import Client
+    from edge_client.stored import is_stored, read_bitstream
     from shared.images import load_photo
 
-    photo = load_photo(arguments.image)  # before the server is asked anything
-    generation = Generation(arguments.max_tokens, arguments.temperature, arguments.top_p, arguments.seed)
+    path = arguments.image
+    image = read_bitstream(path) if is_stored(path) else load_photo(path)  # before the server is asked anything
+    options: Options = {
+        "backend": arguments.backend,
+        "generation": Generation(arguments.max_tokens, arguments.temperature, arguments.top_p, arguments.seed),
+        "quality": arguments.quality,
+        "max_bytes": arguments.max_bytes,
+    }
     with Client(arguments.server, timeout=arguments.timeout) as client:
         if arguments.json:
-            reply = client.ask(photo, arguments.prompt, backend=arguments.backend, generation=generation)
-            print(json.dumps(as_json(reply)))
+            print(json.dumps(as_json(client.ask(image, arguments.prompt, **options))))
             return
         written: list[str] = []
 
@@ -79,15 +158,53 @@ def _send(arguments: argparse.Namespace) -> None:
             print(text, end="", flush=True)
 
         try:
-            reply = client.ask(photo, arguments.prompt, on_text=write, backend=arguments.backend, generation=generation)
+            reply = client.ask(image, arguments.prompt, on_text=write, **options)
         finally:
             if written:
                 print()
         print(receipt_line(reply))
 
 
+def _encode(arguments: argparse.Namespace) -> None:
+    if arguments.out.suffix.lower() != SUFFIX:
+        raise BadInput(f"{arguments.out} does not end in {SUFFIX}, by which a bitstream is known")
+
+    from edge_client.encoder import Encoder, jpeg_size
+    from shared.files import write_file
+
+    encoder = Encoder(arguments.profile)
+    photo = encoder.prepare(arguments.image)
+    bitstream = encoder.encode(photo, arguments.quality, arguments.max_bytes)
+    write_file(arguments.out, bytes(bitstream), arguments.image)
+    figures = _figures(len(bitstream), bitstream.bpp, (bitstream.quality,), jpeg_size(photo))
+    print(f"{len(bitstream):,} B, {figures}")
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from edge_client.inspection import inspect
+    from edge_client.stored import read_bitstream
+
+    inspection = inspect(read_bitstream(arguments.file))
+    print(json.dumps(inspection.as_json()) if arguments.json else inspection)
+
+
+def _decode(arguments: argparse.Namespace) -> None:
+    from edge_client.stored import picture_bytes, picture_format, read_bitstream, reconstruct
+    from shared.files import write_file
+
+    kind = picture_format(arguments.out)
+    bitstream = read_bitstream(arguments.file)
+    photo = reconstruct(bitstream, arguments.profile)
+    write_file(arguments.out, picture_bytes(photo, kind), arguments.file)
+    width, height = photo.original_size
+    print(
+        f"{photo.width}x{photo.height} pixels from {len(bitstream):,} B, quality {bitstream.quality}; "
+        f"the photo was {width}x{height}"
+    )
+
+
 def as_json(reply: Reply) -> dict[str, Any]:
-    """What ``--json`` prints."""
+    """What ``send --json`` prints."""
     answer, receipt = reply.answer, reply.receipt
     return {
         "answer": answer.text,
@@ -95,6 +212,7 @@ def as_json(reply: Reply) -> dict[str, Any]:
         "tokens": answer.tokens,
         "backend": answer.backend,
         "profile": answer.profile,
+        "quality": receipt.qualities[0],
         "bytes_payload": receipt.bytes_payload,
         "bytes_wire": receipt.bytes_wire,
         "bpp": round(receipt.bpp, 4),
@@ -107,17 +225,22 @@ def as_json(reply: Reply) -> dict[str, Any]:
 def receipt_line(reply: Reply) -> str:
     """What ``send`` prints below the answer."""
     receipt = reply.receipt
-    sizes = f"{receipt.bytes_payload:,} B sent ({receipt.bytes_wire:,} B on the wire), {receipt.bpp:.3f} bpp"
-    if receipt.bytes_jpeg75:
-        ratio = receipt.bytes_jpeg75 / receipt.bytes_payload
-        sizes += f", {ratio:.{0 if ratio >= 10 else 1}f}x smaller than JPEG 75 ({receipt.bytes_jpeg75:,} B)"
+    figures = _figures(receipt.bytes_payload, receipt.bpp, receipt.qualities, receipt.bytes_jpeg75)
     labels = {"decode": "decode+neck"}
     times = [
         f"{labels.get(name, name)} {value:,.0f} ms"
         for name, value in _timings(reply).items()
         if name not in ("load", "queue") or value >= 1
     ]
-    return f"{sizes} | {', '.join(times)}"
+    return f"{receipt.bytes_payload:,} B sent ({receipt.bytes_wire:,} B on the wire), {figures} | {', '.join(times)}"
+
+
+def _figures(size: int, bpp: float, qualities: Sequence[int], jpeg75: int | None) -> str:
+    figures = f"{bpp:.3f} bpp, quality {', '.join(map(str, qualities))}"
+    if jpeg75:
+        ratio = jpeg75 / size
+        figures += f", {ratio:.{0 if ratio >= 10 else 1}f}x smaller than JPEG 75 ({jpeg75:,} B)"
+    return figures
 
 
 def _timings(reply: Reply) -> dict[str, float]:

@@ -20,6 +20,7 @@ from typing import Any, Self, TypedDict, Unpack
 import grpc
 
 from edge_client.encoder import Encoder, jpeg_size
+from edge_client.stored import is_stored, read_bitstream
 from shared.bitstream import Bitstream
 from shared.conversation import Answer, Conversation, Generation, ServerProfile
 from shared.errors import BadInput, ProfileMismatch, ServerFailed, TooLarge
@@ -30,7 +31,7 @@ from shared.wire.comneck.v1 import comneck_pb2_grpc as pb_grpc
 from shared.wire.errors import from_status
 
 ImageSource = str | Path | bytes | Photo | Bitstream
-"""A path, the bytes of a picture file, pixels, or what is encoded already."""
+"""A path of a picture or of a stored bitstream (.cnk), the bytes of a picture file, pixels, or a bitstream."""
 
 DEFAULT_SERVER = f"127.0.0.1:{GRPC_PORT}"
 PROFILE_TIMEOUT = 10.0  # seconds; the server answers that one without its models
@@ -71,10 +72,14 @@ class Options(TypedDict, total=False):
     Attributes:
         backend: who is to answer; the server's default where left out.
         generation: how the answer is written.
+        quality: that photos are encoded at, 1 to 15; the server's default where left out.
+        max_bytes: of each bitstream; the best quality that fits is taken, up to ``quality`` if that is given.
     """
 
     backend: str
     generation: Generation
+    quality: int | None
+    max_bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -85,8 +90,9 @@ class Receipt:
         bytes_payload: of the bitstreams.
         bytes_wire: of the request message: bitstreams, text and options.
         pixels: of the codec's inputs.
+        qualities: of the bitstreams.
         bytes_jpeg75: of the same prepared photos as JPEG of quality 75; None where a bitstream was given.
-        load: loading the codec, in milliseconds; 0 from the second question on.
+        load: loading the codec, in milliseconds; 0 once it is loaded.
         encode: preparing and encoding, in milliseconds.
         network: round trip without the server's own times, in milliseconds.
     """
@@ -94,6 +100,7 @@ class Receipt:
     bytes_payload: int
     bytes_wire: int
     pixels: int
+    qualities: tuple[int, ...]
     bytes_jpeg75: int | None
     load: float
     encode: float
@@ -142,7 +149,8 @@ class _Draft:
         receipt = Receipt(
             bytes_payload=sum(map(len, self.bitstreams)),
             bytes_wire=self.request.ByteSize(),
-            pixels=sum(bitstream.height * bitstream.width for bitstream in self.bitstreams),
+            pixels=sum(bitstream.pixels for bitstream in self.bitstreams),
+            qualities=tuple(bitstream.quality for bitstream in self.bitstreams),
             bytes_jpeg75=self.bytes_jpeg75,
             load=self.load,
             encode=self.encode,
@@ -179,28 +187,39 @@ class _Session:
         except grpc.RpcError as problem:
             error = from_status(problem, self.server)
             if isinstance(error, ProfileMismatch):
-                self._profile = self._encoder = None  # the server was replaced: ask it anew next time
+                self._forget()
             raise error from problem
+
+    def _forget(self) -> None:
+        """The server may have been replaced: it is asked anew next time."""
+        self._profile = self._encoder = None
 
     def _draft(
         self, server: ServerProfile, images: ImageSource | Sequence[ImageSource], prompt: str, options: Options
     ) -> _Draft:
-        """Encodes, and refuses what the server would refuse for its size."""
+        """Encodes, and refuses what the server would refuse for its size or its codec."""
         sources = [images] if isinstance(images, ImageSource) else list(images)
         if len(sources) > server.max_images:
             raise TooLarge(f"{len(sources)} photos; {self.server} takes at most {server.max_images} in one request")
-        start = perf_counter()
-        encoder = self._encoder_for(server) if any(not isinstance(s, Bitstream) for s in sources) else None
-        loaded = perf_counter()
-        bitstreams: list[Bitstream] = []
-        photos: list[Photo] = []
-        for source in sources:
-            if isinstance(source, Bitstream):
-                bitstreams.append(source)
-            elif encoder:
-                photos.append(encoder.prepare(Path(source) if isinstance(source, str) else source))
-                bitstreams.append(encoder.encode(photos[-1]))
-        encoded = perf_counter()
+        try:
+            start = perf_counter()
+            encoder = self._encoder_for(server, sources, options)
+            loaded = perf_counter()
+            bitstreams: list[Bitstream] = []
+            photos: list[Photo] = []
+            for source in sources:
+                if isinstance(source, Bitstream):
+                    bitstreams.append(source)
+                elif is_stored(source):
+                    bitstreams.append(read_bitstream(source))
+                elif encoder:
+                    photos.append(encoder.prepare(source))
+                    bitstreams.append(encoder.encode(photos[-1], options.get("quality"), options.get("max_bytes")))
+            encoded = perf_counter()
+            self._check(server, bitstreams)
+        except ProfileMismatch:
+            self._forget()
+            raise
         conversation = Conversation(
             parts=(*bitstreams, prompt),
             backend=options.get("backend", ""),
@@ -220,11 +239,29 @@ class _Session:
             encode=1000 * (encoded - loaded),
         )
 
-    def _encoder_for(self, server: ServerProfile) -> Encoder:
+    def _encoder_for(self, server: ServerProfile, sources: Sequence[ImageSource], options: Options) -> Encoder | None:
+        """The encoder with its codec loaded; None where everything is encoded already."""
+        quality, max_bytes = options.get("quality"), options.get("max_bytes")
+        if all(isinstance(source, Bitstream) or is_stored(source) for source in sources):
+            if quality is not None or max_bytes is not None:
+                raise BadInput("nothing is left to encode, so quality and size are settled: leave them out")
+            return None
         with self._loading:
             if self._encoder is None:
                 self._encoder = Encoder.for_server(server)
-            return self._encoder
+            encoder = self._encoder
+        encoder.load(quality, max_bytes)
+        return encoder
+
+    def _check(self, server: ServerProfile, bitstreams: Sequence[Bitstream]) -> None:
+        """Raises ProfileMismatch for what the server does not decode."""
+        for bitstream in bitstreams:
+            digest = bitstream.codec_digest.hex()
+            if server.qualities.get(bitstream.quality) != digest:
+                raise ProfileMismatch(
+                    f"the bitstream is of quality {bitstream.quality} by codec {digest}; {self.server} runs profile "
+                    f"{server.profile!r} and decodes {server.offer}: encode with that profile"
+                )
 
 
 class Client(_Session):

@@ -3,63 +3,151 @@
 from __future__ import annotations
 
 import io
+import logging
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from shared.bitstream import Bitstream
 from shared.conversation import ServerProfile
-from shared.errors import ProfileMismatch
+from shared.errors import BadInput, ProfileMismatch, TooLarge, UnknownName, WeightsUnavailable
 from shared.images import Photo, load_photo, prepare
 from shared.profiles import get_profile, profile_names
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from shared.codecs.codec import Codec
+
+log = logging.getLogger(__name__)
+
 
 class Encoder:
-    """One profile's preparation and codec.
+    """One profile's preparation and codecs. A codec is loaded when a quality first needs it.
 
     Args:
         profile: its name.
+        server: that the bitstreams are for; only what it decodes is then encoded.
 
     Raises:
         UnknownName: no such profile.
-        WeightsUnavailable: the codec is neither here nor to be had.
     """
 
-    def __init__(self, profile: str) -> None:
-        from shared.codecs.codec import Codec
-        from shared.weights.store import ensure
-
+    def __init__(self, profile: str, server: ServerProfile | None = None) -> None:
         self.profile = get_profile(profile)
-        self.codec = Codec.load(ensure(self.profile.codec.weights))
+        self._server = server
+        self._loading = threading.Lock()
+        self._codecs: dict[str, Codec] = {}
 
     @classmethod
     def for_server(cls, server: ServerProfile) -> Encoder:
         """The encoder whose bitstreams that server decodes.
 
         Raises:
-            ProfileMismatch: this side does not know the profile, or has other weights for its codec.
+            ProfileMismatch: this side does not know the server's profile.
         """
         if server.profile not in profile_names():
             raise ProfileMismatch(
                 f"the server speaks profile {server.profile!r}, this client knows {', '.join(profile_names())}: "
                 f"install the server's version of comneck, {server.version}"
             )
-        encoder = cls(server.profile)
-        if encoder.codec.digest_bytes.hex() != server.codec_digest:
+        return cls(server.profile, server)
+
+    def codec(self, quality: int) -> Codec:
+        """The codec that encodes at a quality.
+
+        Raises:
+            BadInput: a quality that the profile has not.
+            UnknownName, WeightsUnavailable: the codec is neither here nor to be had.
+            ProfileMismatch: the server has another codec for that quality, or none.
+        """
+        weights, server = self.profile.codec_weights(quality), self._server
+        if server and quality not in server.qualities:
+            raise ProfileMismatch(f"the server does not decode quality {quality}; it decodes {server.offer}")
+        with self._loading:
+            if weights not in self._codecs:
+                from shared.codecs.codec import Codec
+                from shared.weights.store import ensure
+
+                self._codecs[weights] = Codec.load(ensure(weights))
+        codec = self._codecs[weights]
+        digest = codec.digest_bytes.hex()
+        if server and digest != server.qualities[quality]:
             raise ProfileMismatch(
-                f"the server's codec of profile {server.profile!r} is {server.codec_digest}, this client's is "
-                f"{encoder.codec.digest_bytes.hex()}: install the server's version of comneck, {server.version}"
+                f"the server's codec of profile {server.profile!r} for quality {quality} is "
+                f"{server.qualities[quality]}, this client's is {digest}: install the server's version of comneck, "
+                f"{server.version}"
             )
-        return encoder
+        return codec
 
-    def prepare(self, source: Path | bytes | Photo) -> Photo:
+    def load(self, quality: int | None = None, max_bytes: int | None = None) -> None:
+        """Loads the codec that ``encode`` tries first with these arguments; raises what ``encode`` raises."""
+        next(self._tries(quality, max_bytes))
+
+    def prepare(self, source: str | Path | bytes | Photo) -> Photo:
         """The codec's input. Raises what ``load_photo`` raises."""
-        photo = source if isinstance(source, Photo) else load_photo(source)
-        return prepare(photo, self.profile.preparation)
+        if not isinstance(source, Photo):
+            source = load_photo(Path(source) if isinstance(source, str) else source)
+        return prepare(source, self.profile.preparation)
 
-    def encode(self, source: Path | bytes | Photo) -> Bitstream:
-        """Prepares, then encodes. A photo that is prepared stays as it is."""
-        return self.codec.encode(self.prepare(source), self.profile.scenario, self.profile.rate)
+    def encode(
+        self, source: str | Path | bytes | Photo, quality: int | None = None, max_bytes: int | None = None
+    ) -> Bitstream:
+        """Prepares, then encodes. A photo that is prepared stays as it is.
+
+        Args:
+            quality: the rate point; the server's or the profile's own where left out.
+            max_bytes: of the whole bitstream: the best quality that fits is taken, up to ``quality`` if that is given.
+
+        Raises:
+            BadInput: a quality that there is not.
+            TooLarge: no quality fits; the message names the smallest bitstream that there can be.
+            UnknownName, WeightsUnavailable, ProfileMismatch: as ``codec``.
+        """
+        photo = self.prepare(source)
+        latents: dict[Codec, Tensor] = {}
+        smallest: Bitstream | None = None
+        for tried, codec in self._tries(quality, max_bytes):
+            if codec not in latents:
+                latents[codec] = codec.analyse(photo)
+            bitstream = codec.encode(photo, self.profile.scenario, tried, latents[codec])
+            if max_bytes is None or len(bitstream) <= max_bytes:
+                return bitstream
+            if smallest is None or len(bitstream) < len(smallest):
+                smallest = bitstream
+        assert smallest is not None
+        raise TooLarge(
+            f"no quality encodes this photo in {max_bytes:,} bytes: the smallest is quality {smallest.quality} with "
+            f"{len(smallest):,} bytes; allow that many"
+        )
+
+    def _tries(self, quality: int | None, max_bytes: int | None) -> Iterator[tuple[int, Codec]]:
+        """The qualities to encode at until one fits, the best first; at least one."""
+        if max_bytes is None:
+            default = self._server.quality if self._server else self.profile.quality
+            chosen = default if quality is None else quality
+            yield chosen, self.codec(chosen)
+            return
+        known = [one for one in self.profile.codec.qualities if not self._server or one in self._server.qualities]
+        allowed = [one for one in reversed(known) if quality is None or one <= quality]
+        if not allowed:
+            raise BadInput(f"there is no quality up to {quality}; there are {', '.join(map(str, known)) or 'none'}")
+        missing: Exception | None = None
+        found = False
+        for one in allowed:
+            try:
+                codec = self.codec(one)
+            except (UnknownName, WeightsUnavailable) as problem:
+                log.info("quality %d is not tried: %s", one, problem)
+                missing = missing or problem
+            else:
+                found = True
+                yield one, codec
+        if missing and not found:
+            raise missing
 
 
 def jpeg_size(photo: Photo, quality: int = 75) -> int:

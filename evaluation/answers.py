@@ -115,7 +115,8 @@ def measure(pipeline: Pipeline, options: AnswerEvaluation, chunk: list[Entry], p
     """Both ways for a batch of photos."""
     profile, backend = pipeline.profile, pipeline.backend("")
     photos = [prepare(load_photo(entry.path), profile.preparation) for entry in chunk]
-    bitstreams = [pipeline.codec.encode(photo, profile.scenario, profile.rate) for photo in photos]
+    codec, quality = pipeline.codec(profile.quality), profile.quality
+    bitstreams = [codec.encode(photo, profile.scenario, quality) for photo in photos]
     seen = pipeline.look_at_pixels(photos, backend.needs)
     received = pipeline.look(pipeline.enter(bitstreams), backend.needs)
     said = [_answers(backend, features, prompt, options.max_tokens) for features in (seen, received)]

@@ -78,7 +78,8 @@ class Answer:
         tokens: how many it wrote.
         backend, profile: who answered.
         timings: where the server's time went.
-        digests: SHA-256 of each model that took part, by role (codec, neck, clip, llm, connector).
+        digests: SHA-256 of each model that took part, by role (codec, neck, clip, llm, connector); of several in one
+            role, a space between them.
     """
 
     text: str
@@ -96,19 +97,29 @@ class ServerProfile:
 
     Attributes:
         profile: the profile's name; the client has a profile of that name too.
-        codec_digest: hex of the 4 bytes that the bitstream must carry.
-        scenario, rate: that the server's neck was trained for.
+        qualities: that the server decodes, ascending; of each, hex of the 4 bytes that name its codec in a bitstream.
+        scenario: that the server's necks were trained for.
+        quality: that the server would have where nobody asks for another; one of ``qualities``.
         backends: names, the default first.
         max_request_bytes, max_images, max_tokens: limits of one request.
         version: of the server's software.
     """
 
     profile: str
-    codec_digest: str
+    qualities: dict[int, str]
     scenario: str
-    rate: int
+    quality: int
     backends: tuple[str, ...]
     max_request_bytes: int
     max_images: int
     max_tokens: int
     version: str
+
+    @property
+    def offer(self) -> str:
+        """The qualities in words: "quality 1, 2 by codec c0eb8fe5"."""
+        by_codec: dict[str, list[str]] = {}
+        for quality, digest in self.qualities.items():
+            by_codec.setdefault(digest, []).append(str(quality))
+        told = [f"quality {', '.join(names)} by codec {digest}" for digest, names in by_codec.items()]
+        return "; ".join(told) or "nothing"

@@ -4,7 +4,8 @@ COMNECK_HOME (default: the user's cache folder)
     weights/       installed artefacts (shared/weights/store.py)
     downloads/     unfinished downloads
     profiles/      a user's own profiles, TOML files like those in shared/profiles
-    catalogues/    a user's own artefacts, TOML files like shared/weights/catalogue.toml, weights beside them
+    catalogues/    a user's own artefacts, TOML files like shared/weights/catalogue.toml, weights beside them;
+                   imported ones too (shared/weights/importing.py)
 """
 
 from __future__ import annotations

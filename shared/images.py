@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from shared.errors import BadInput, ComneckError, TooLarge, UnreadableImage
+from shared.errors import ComneckError, TooLarge, UnreadableImage
+from shared.files import read_file
 
 MAX_PIXELS = 100_000_000  # a larger picture is refused before it is decompressed
 MAX_FILE_BYTES = 200_000_000
@@ -77,7 +78,10 @@ def load_photo(source: Path | bytes) -> Photo:
         TooLarge: over MAX_FILE_BYTES or MAX_PIXELS.
     """
     name = "the image" if isinstance(source, bytes) else str(source)
-    data = source if isinstance(source, bytes) else _read(source)
+    if isinstance(source, bytes):
+        data = source
+    else:
+        data = read_file(source, MAX_FILE_BYTES, "one picture", "scale the picture down first")
     if not data:
         raise UnreadableImage(f"{name} is empty: 0 bytes")
     with warnings.catch_warnings():
@@ -95,21 +99,6 @@ def load_photo(source: Path | bytes) -> Photo:
             raise
         except Exception as problem:  # on hostile bytes a decoder raises whatever comes to it, RuntimeError for one
             raise UnreadableImage(f"{name} is damaged or cut short: {problem}") from problem
-
-
-def _read(path: Path) -> bytes:
-    try:
-        if path.is_dir():
-            raise BadInput(f"{path} is a folder; give one picture")
-        with path.open("rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)  # bounded: a pipe or a device may have no end
-    except FileNotFoundError as problem:
-        raise BadInput(f"{path} does not exist") from problem
-    except (OSError, ValueError) as problem:
-        raise BadInput(f"{path} cannot be read: {getattr(problem, 'strerror', None) or problem}") from problem
-    if len(data) > MAX_FILE_BYTES:
-        raise TooLarge(f"{path} is larger than {MAX_FILE_BYTES:,} bytes: scale the picture down first")
-    return data
 
 
 def _check_size(name: str, size: tuple[int, int]) -> None:

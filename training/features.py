@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cloud_server.vision.clip import ClipTower
-from shared.codecs.codec import Codec
+from shared.codecs.codec import LATENT_STRIDE, Codec
 
 Half = npt.NDArray[np.float16]
 Pixels = npt.NDArray[np.uint8]
@@ -46,7 +46,7 @@ def teacher_features(tower: ClipTower, pixels: Pixels, key: str, cache: Path, ba
     spec = tower.spec
     shape = (1 + spec.grid**2, spec.width)
 
-    def compute(chunk: Tensor) -> list[Tensor]:
+    def compute(chunk: Tensor, first: int) -> list[Tensor]:
         with torch.autocast("cpu", torch.bfloat16):
             entry = tower.blocks(tower.embed(chunk), 0, spec.entry_block - 1)
             penultimate = tower.blocks(entry, spec.entry_block, spec.layers - 2)
@@ -56,25 +56,30 @@ def teacher_features(tower: ClipTower, pixels: Pixels, key: str, cache: Path, ba
     return TeacherFeatures(*_cached("clip", names, [shape] * 3, compute, pixels, key, cache, batch))
 
 
-def latents(codec: Codec, pixels: Pixels, cache: Path, batch: int = 16) -> Half:
-    """y_hat (photos, M, H/16, W/16) of ``pixels`` as a decoder would get it, computed or read."""
-    side = [length // codec.transforms.latent_stride for length in pixels.shape[1:3]]
+def latents(codec: Codec, pixels: Pixels, qualities: Sequence[int], cache: Path, batch: int = 16) -> Half:
+    """y_hat (photos, M, H/16, W/16) of ``pixels`` as a decoder gets it, computed or read.
 
-    def compute(chunk: Tensor) -> list[Tensor]:
-        transforms = codec.transforms
-        with torch.autocast("cpu", torch.bfloat16):  # a few symbols round the other way; no neck can tell
-            y_hat, _ = transforms.quantise(transforms.g_a(chunk.contiguous(memory_format=torch.channels_last)))
+    Qualities take turns: photo i is coded at ``qualities[i % len(qualities)]``.
+    """
+    shape = (codec.M, *(length // LATENT_STRIDE for length in pixels.shape[1:3]))
+
+    def compute(chunk: Tensor, first: int) -> list[Tensor]:
+        y = codec.network.g_a(chunk.contiguous(memory_format=torch.channels_last))
+        y_hat = torch.empty_like(y)
+        turns = torch.arange(first, first + len(y)) % len(qualities)
+        for turn in turns.unique().tolist():
+            y_hat[turns == turn] = codec.quantise(y[turns == turn], qualities[turn])
         return [y_hat]
 
-    shape = (codec.transforms.config.M, *side)
-    return _cached("y_hat", ["y_hat"], [shape], compute, pixels, codec.digest, cache, batch)[0]
+    key = f"{codec.digest} {qualities}"
+    return _cached("y_hat", ["y_hat"], [shape], compute, pixels, key, cache, batch)[0]
 
 
 def _cached(
     kind: str,
     names: list[str],
     shapes: list[tuple[int, ...]],
-    compute: Callable[[Tensor], list[Tensor]],
+    compute: Callable[[Tensor, int], list[Tensor]],
     pixels: Pixels,
     key: str,
     cache: Path,
@@ -96,7 +101,7 @@ def _cached(
     while done < len(pixels):
         chunk = torch.from_numpy(np.ascontiguousarray(pixels[done : done + batch])).permute(0, 3, 1, 2).float() / 255
         with torch.inference_mode():
-            results = compute(chunk)
+            results = compute(chunk, done)
         for array, result in zip(arrays, results, strict=True):
             array[done : done + len(chunk)] = result.float().numpy()
         done += len(chunk)

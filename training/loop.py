@@ -155,9 +155,11 @@ class Curve:
         from matplotlib import pyplot as plt
 
         names = [name for name in self.rows[-1] if name not in ("step", "lr", "skipped", "seconds")]
-        figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3), squeeze=False)
+        columns = min(4, len(names))
+        rows = -(-len(names) // columns)
+        figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 3 * rows), squeeze=False)
         steps = [row["step"] for row in self.rows]
-        for axis, name in zip(axes[0], names, strict=True):
+        for axis, name in zip(axes.flat, names, strict=False):
             axis.plot(steps, [row[name] for row in self.rows], linewidth=1)
             axis.set_title(name)
             axis.set_xlabel("step")

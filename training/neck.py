@@ -24,7 +24,7 @@ from cloud_server.vision.neck import TransformNeck
 from shared.codecs.codec import Codec
 from shared.options import option
 from shared.profiles import get_profile
-from shared.weights.digest import Storage, save_tensors
+from shared.weights.digest import Storage, load_tensors, save_tensors
 from shared.weights.store import ensure
 from training.features import Half, Pixels, TeacherFeatures, latents, teacher_features
 from training.loop import Losses, Schedule, generator, train
@@ -40,6 +40,8 @@ class NeckTraining:
     cache: Path = option("folder for prepared photos and features, kept between runs")
     codec: Path = option("the codec's weights, from `comneck train codec`")
     profile: str = option("profile whose CLIP the neck enters", "small")
+    start: Path | None = option("a neck to go on from, instead of the closed form", None)
+    qualities: tuple[int, ...] = option("of the codec, taking turns over the photos; all that it has by default", ())
     warmup_steps: int = option("steps that regress the tokens entering CLIP", 800)
     distil_steps: int = option("steps that distil at CLIP's end", 700)
     batch: int = option("photos a step", 8)
@@ -65,10 +67,14 @@ def run(options: NeckTraining) -> None:
     entries = [entry for entry in read_photo_set(options.photos) if entry.split == "train"]
     pixels = pixel_cache(entries, profile.preparation, options.cache)
     teacher = teacher_features(tower, pixels, profile.clip.weights, options.cache)
-    y_hat = latents(Codec.load(options.codec), pixels, options.cache)
+    codec = Codec.load(options.codec)
+    y_hat = latents(codec, pixels, options.qualities or codec.qualities, options.cache)
     torch.manual_seed(options.seed)
     neck = TransformNeck(y_hat.shape[1], profile.clip.grid, profile.clip.width, profile.clip.heads)
-    start_from_clip(neck, tower, y_hat, pixels, teacher.entry)
+    if options.start:
+        neck.load_state_dict({name: value.float() for name, value in load_tensors(options.start).items()})
+    else:
+        start_from_clip(neck, tower, y_hat, pixels, teacher.entry)
 
     def batches(step: int) -> Iterator[Batch]:
         a_round = -(-len(y_hat) // options.batch)  # steps in which every photo comes once
@@ -113,6 +119,8 @@ def run(options: NeckTraining) -> None:
         ("warmup", options.warmup_steps, options.warmup_rate, warm_up),
         ("distil", options.distil_steps, options.distil_rate, distil),
     ):
+        if not steps:
+            continue
         optimizer = torch.optim.AdamW(neck.parameters(), lr=rate, weight_decay=0.01)
         schedule = Schedule(steps, warmup=min(50, steps // 10))
         train(neck, optimizer, schedule, batches, losses, options.out / name, log_every=20, save_every=100)

@@ -1,7 +1,8 @@
 """Entropy coding: integers and probability tables on one side, bytes on the other.
 
-The coder is constriction's range coder, which is safe on hostile bytes. A call codes many symbols, each under its own
-table, grouped by table, so that the cost is a few vectorised calls and the file pays for one coder state, not eleven.
+The coder is constriction's range coder, which is safe on hostile bytes; docs/bitstream.md says what it computes. A call
+codes many symbols, each under its own table, grouped by table, so that the cost is a few vectorised calls and the file
+pays for one coder state.
 """
 
 from __future__ import annotations
@@ -14,40 +15,49 @@ import constriction
 import numpy as np
 import numpy.typing as npt
 
-from shared.errors import BadBitstream
+from shared.errors import BadBitstream, BadInput
 
+TOTAL = 2**24  # of a table's frequencies
 LARGEST_SYMBOL = 2**15 - 1  # of an escaped symbol, either sign
 _ESCAPED = constriction.stream.model.Uniform(2 * LARGEST_SYMBOL + 2)
+_WORD = 4  # bytes
 
 Symbols = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
 class Tables:
-    """Probability tables as data: CompressAI's buffers without their padding.
+    """Probability tables as data.
 
     Attributes:
-        cdf: cumulative frequencies of 2**16, table after table; table t has lengths[t] of them.
-        lengths: (T,) one more than the table's symbols, the last of which is the escape.
+        frequencies: (sum of lengths,) of TOTAL, table after table, each at least 1.
+        lengths: (T,) entries of each table, the last of which is the escape.
         offsets: (T,) the symbol that a table's first entry stands for.
     """
 
-    cdf: npt.NDArray[np.int32]
+    frequencies: npt.NDArray[np.int32]
     lengths: npt.NDArray[np.int32]
     offsets: npt.NDArray[np.int32]
 
+    def check(self) -> None:
+        """Raises BadInput unless every table is a distribution."""
+        whole = len(self.frequencies) == int(self.lengths.sum()) and int(self.lengths.min()) >= 2
+        if not whole or int(self.frequencies.min()) < 1 or any(table.sum() != TOTAL for table in self.split()):
+            raise BadInput(f"a probability table whose frequencies are not positive or do not sum to {TOTAL:,}")
+
     @cached_property
     def models(self) -> list[Any]:
-        """One constriction model per table."""
-        return [
-            constriction.stream.model.Categorical(np.diff(table) / 2**16, perfect=False)
-            for table in np.split(self.cdf.astype(np.float64), np.cumsum(self.lengths)[:-1])
-        ]
+        """One constriction model per table. It gives every entry one of TOTAL and shares out the rest as it is told."""
+        return [constriction.stream.model.Categorical(table - 1.0, perfect=False) for table in self.split()]
 
     @cached_property
     def escapes(self) -> Symbols:
         """(T,) the entry of each table that announces an escaped symbol."""
-        return (self.lengths - 2).astype(np.int32)
+        return (self.lengths - 1).astype(np.int32)
+
+    def split(self) -> list[npt.NDArray[np.int32]]:
+        """The frequencies, a table at a time."""
+        return np.split(self.frequencies, np.cumsum(self.lengths)[:-1])
 
 
 class SymbolWriter:
@@ -58,26 +68,36 @@ class SymbolWriter:
 
     def write(self, symbols: Symbols, indexes: Symbols, tables: Tables) -> None:
         """Codes ``symbols[i]`` under table ``indexes[i]``; both (n,). Symbols are within +-LARGEST_SYMBOL."""
+        order, runs = _by_table(indexes, len(tables.lengths))
+        symbols, indexes = symbols[order], indexes[order]
         entries = symbols - tables.offsets[indexes]
         escapes = tables.escapes[indexes]
         escaped = (entries < 0) | (entries >= escapes)
         entries = np.where(escaped, escapes, entries).astype(np.int32)
-        for table, places in _by_table(indexes):
-            self._encoder.encode(entries[places], tables.models[table])
+        for table, first, last in runs:
+            self._encoder.encode(entries[first:last], tables.models[table])
         if escaped.any():
             self._encoder.encode((symbols[escaped] + LARGEST_SYMBOL).astype(np.int32), _ESCAPED)
 
     def payload(self) -> bytes:
-        """The bytes of everything written. Zeros at the end carry nothing and are left out."""
-        words = self._encoder.get_compressed()
-        return bytes(words.astype(">u4").tobytes().rstrip(b"\0"))
+        """The shortest bytes that stand for everything written, given that a reader continues them with zeros."""
+        words, (lower, size) = self._encoder.pos()
+        data = self._encoder.get_compressed().astype(">u4").tobytes()
+        length = _WORD * (words + 2)  # the coder's state has two words beyond those it has settled
+        number = int.from_bytes(data.ljust(length, b"\0")[:length], "big")
+        start = number - (number - lower) % 2**64  # any number from start to start + size is this stream
+        for bits in range(64, -1, -8):
+            rounded = -(-start >> bits) << bits
+            if rounded < start + size:
+                return rounded.to_bytes(length, "big").rstrip(b"\0")
+        raise AssertionError("start itself is in the interval")
 
 
 class SymbolReader:
     """Reads back what a SymbolWriter wrote, given the same tables in the same order."""
 
     def __init__(self, payload: bytes) -> None:
-        padded = payload + bytes(-len(payload) % 4)
+        padded = payload + bytes(-len(payload) % _WORD)
         self._decoder = constriction.stream.queue.RangeDecoder(np.frombuffer(padded, ">u4").astype(np.uint32))
 
     def read(self, indexes: Symbols, tables: Tables) -> Symbols:
@@ -86,21 +106,27 @@ class SymbolReader:
         Raises:
             BadBitstream: the payload cannot have come from these tables.
         """
+        order, runs = _by_table(indexes, len(tables.lengths))
         entries = np.empty(len(indexes), np.int32)
         try:
-            for table, places in _by_table(indexes):
-                entries[places] = self._decoder.decode(tables.models[table], len(places))
-            symbols = entries + tables.offsets[indexes]
+            for table, first, last in runs:
+                entries[first:last] = self._decoder.decode(tables.models[table], last - first)
+            indexes = indexes[order]
             escaped = entries == tables.escapes[indexes]
+            entries += tables.offsets[indexes]
             if escaped.any():
-                symbols[escaped] = self._decoder.decode(_ESCAPED, int(escaped.sum())) - LARGEST_SYMBOL
+                entries[escaped] = self._decoder.decode(_ESCAPED, int(escaped.sum())) - LARGEST_SYMBOL
         except AssertionError as problem:  # how constriction reports data that its models rule out
             raise BadBitstream("the payload is damaged: it holds symbols that the codec never writes") from problem
-        return symbols.astype(np.int32)
+        symbols = np.empty_like(entries)
+        symbols[order] = entries
+        return symbols
 
 
-def _by_table(indexes: Symbols) -> list[tuple[int, npt.NDArray[np.intp]]]:
-    """The tables in use, ascending, each with the places of its symbols in their order."""
-    order = np.argsort(indexes, kind="stable")
-    used, starts = np.unique(indexes[order], return_index=True)
-    return list(zip(used.tolist(), np.split(order, starts[1:]), strict=True))
+def _by_table(indexes: Symbols, tables: int) -> tuple[npt.NDArray[np.intp], list[tuple[int, int, int]]]:
+    """Places in the order of their tables, and for each table in use the run (table, first, last) of its places."""
+    order = np.argsort(indexes.astype(np.uint8 if tables <= 256 else np.uint16), kind="stable")  # a radix sort
+    counts = np.bincount(indexes, minlength=tables)
+    ends = np.cumsum(counts)
+    used = np.flatnonzero(counts)
+    return order, [(int(table), int(ends[table] - counts[table]), int(ends[table])) for table in used]

@@ -11,24 +11,32 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
+from shared.bitstream import QUALITIES, Scenario
 from shared.errors import BadInput, UnknownName
 from shared.home import home
 
 if TYPE_CHECKING:
-    from shared.bitstream import Scenario
     from shared.images import Preparation
 
 DEFAULT_PROFILE = "small"
+PLACEHOLDER = "{quality}"  # in the name of weights: there is an artefact for each quality
 
 
 @dataclass(frozen=True)
 class CodecSpec:
-    """Which codec (its registered name) with which weights (an artefact's name)."""
+    """Which codec with which weights.
+
+    Attributes:
+        name: registered name of the codec.
+        weights: artefact's name, of one for all qualities, or with PLACEHOLDER of one for each.
+        qualities: that there are, ascending.
+    """
 
     name: str
     weights: str
+    qualities: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -75,26 +83,58 @@ class BackendSpec:
 
 @dataclass(frozen=True)
 class Profile:
-    """What fits together, by name. See the TOML files for the meaning of each table."""
+    """What fits together, by name.
+
+    Attributes:
+        scenario: how codec and neck were trained (ComNeck, Table 1).
+        quality: that photos are encoded at where nobody asks for another.
+        preparation: how a photo becomes the codec's input.
+        neck: artefact's name, as in CodecSpec.
+        backends: the default first.
+    """
 
     name: str
     description: str
     scenario: Scenario
-    rate: int
+    quality: int
     preparation: Preparation
     codec: CodecSpec
     neck: str
     clip: ClipSpec
     backends: tuple[BackendSpec, ...]
 
+    def __post_init__(self) -> None:
+        qualities = self.codec.qualities
+        if not qualities or list(qualities) != sorted(set(qualities) & set(QUALITIES)):
+            raise ValueError(f"codec.qualities are {list(qualities)}; they are numbers from 1 to 15, ascending")
+        if self.quality not in qualities:
+            raise ValueError(f"quality is {self.quality}, which is none of codec.qualities")
+        if self.scenario not in get_args(Scenario):
+            raise ValueError(f"scenario is {self.scenario!r}, which is none of {', '.join(get_args(Scenario))}")
+
+    def codec_weights(self, quality: int) -> str:
+        """Name of the codec's artefact for a quality. Raises BadInput where there is no such quality."""
+        return self._named(self.codec.weights, quality)
+
+    def neck_weights(self, quality: int) -> str:
+        """Name of the neck's artefact for a quality. Raises BadInput where there is no such quality."""
+        return self._named(self.neck, quality)
+
     def client_artefacts(self) -> list[str]:
         """Names of the artefacts that an edge client needs."""
-        return [self.codec.weights]
+        return list(dict.fromkeys(map(self.codec_weights, self.codec.qualities)))
 
     def server_artefacts(self) -> list[str]:
         """Names of the artefacts that a server needs."""
+        necks = map(self.neck_weights, self.codec.qualities)
         llms = [name for backend in self.backends for name in (backend.llm, backend.connector)]
-        return list(dict.fromkeys([self.codec.weights, self.neck, self.clip.weights, *llms]))
+        return list(dict.fromkeys([*self.client_artefacts(), *necks, self.clip.weights, *llms]))
+
+    def _named(self, weights: str, quality: int) -> str:
+        if quality not in self.codec.qualities:
+            known = ", ".join(map(str, self.codec.qualities))
+            raise BadInput(f"profile {self.name!r} has no quality {quality}; it has {known}")
+        return weights.replace(PLACEHOLDER, str(quality))
 
 
 def profile_names() -> list[str]:
@@ -134,9 +174,9 @@ def _parse(data: dict[str, Any]) -> Profile:
         name=data["name"],
         description=data["description"],
         scenario=data["scenario"],
-        rate=data["rate"],
+        quality=data["quality"],
         preparation=Preparation(**data["preparation"]),
-        codec=CodecSpec(**data["codec"]),
+        codec=CodecSpec(**{**data["codec"], "qualities": tuple(data["codec"]["qualities"])}),
         neck=data["neck"]["weights"],
         clip=ClipSpec(**data["clip"]),
         backends=tuple(BackendSpec(**backend) for backend in data["backends"]),

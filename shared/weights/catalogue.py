@@ -9,6 +9,7 @@ It is data, catalogue.toml beside this module. Another package adds artefacts of
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -90,7 +91,25 @@ class PackageSource:
         return f"package {self.file.name}"
 
 
+@dataclass(frozen=True)
+class ImportSource:
+    """A file that ``comneck weights import`` made of a checkpoint; it is used where it lies.
+
+    Attributes:
+        path, file: as in PackageSource.
+        checkpoint: name of the file that it was made of.
+    """
+
+    path: Path
+    file: PinnedFile
+    checkpoint: str
+
+    def __str__(self) -> str:
+        return f"import {self.checkpoint}"
+
+
 RemoteSource = HubSource | IndexSource
+LocalSource = PackageSource | ImportSource
 
 
 @dataclass(frozen=True)
@@ -103,7 +122,7 @@ class Artefact:
         licence: SPDX, or in words.
         installs: names of the files that are there once it is installed. If it is only one, that file is the
             artefact; otherwise the folder is.
-        sources: in the order in which they are tried; none for what is shipped.
+        sources: in the order in which they are tried; none for what is shipped or imported.
         shipped: the file that is used in place, for what is not fetched.
     """
 
@@ -113,7 +132,7 @@ class Artefact:
     licence: str
     installs: tuple[str, ...]
     sources: tuple[RemoteSource, ...]
-    shipped: PackageSource | None = None
+    shipped: LocalSource | None = None
 
 
 @cache
@@ -123,13 +142,8 @@ def catalogue() -> Mapping[str, Artefact]:
     Raises:
         BadInput: a catalogue that makes no sense, or that uses a name which is taken.
     """
-    paths = {"comneck": Path(__file__).with_name("catalogue.toml")}
-    for entry in entry_points(group="comneck.catalogues"):
-        loaded = entry.load()
-        paths[entry.value] = Path(loaded() if callable(loaded) else loaded)
-    paths |= {str(path): path for path in sorted((home() / "catalogues").glob("*.toml"))}
     artefacts: dict[str, Artefact] = {}
-    for origin, path in paths.items():
+    for origin, path in catalogue_paths().items():
         for artefact in read_catalogue(path):
             if artefact.name in artefacts:
                 raise BadInput(f"catalogue {origin}: the name {artefact.name} is taken; give the artefact another")
@@ -137,13 +151,28 @@ def catalogue() -> Mapping[str, Artefact]:
     return artefacts
 
 
+def catalogue_paths() -> dict[str, Path]:
+    """The catalogues' files, by the name under which messages speak of them."""
+    paths = {"comneck": Path(__file__).with_name("catalogue.toml")}
+    for entry in entry_points(group="comneck.catalogues"):
+        loaded = entry.load()
+        paths[entry.value] = Path(loaded() if callable(loaded) else loaded)
+    return paths | {str(path): path for path in sorted((home() / "catalogues").glob("*.toml"))}
+
+
 def find_artefact(name: str, artefacts: Mapping[str, Artefact]) -> Artefact:
     """The artefact of that name.
 
     Raises:
-        UnknownName: there is none; the message lists those there are.
+        UnknownName: there is none; the message lists those there are, or says how it is imported.
     """
     if name not in artefacts:
+        if release := re.fullmatch(r"comneck-(?:codec|neck)-(d\d)-(\d+)", name):
+            file = f"{release[1]}_{release[2]}.pth.tar"
+            raise UnknownName(
+                f"{name} is not on this machine: download {file} from the ComNeck authors' release, then run "
+                f"`comneck weights import {file}`"
+            )
         raise UnknownName(f"no artefact named {name!r}; there are: {', '.join(artefacts)}")
     return artefacts[name]
 
@@ -171,15 +200,15 @@ def _artefact(table: dict[str, Any], folder: Path) -> Artefact:
     if table["kind"] not in get_args(Kind):
         raise ValueError(f"kind {table['kind']!r} is none of {', '.join(get_args(Kind))}")
     sources = [_source(source, folder) for source in table["source"]]
-    remote = tuple(source for source in sources if not isinstance(source, PackageSource))
-    shipped = next((source for source in sources if isinstance(source, PackageSource)), None)
+    remote = tuple(source for source in sources if isinstance(source, RemoteSource))
+    shipped = next((source for source in sources if isinstance(source, LocalSource)), None)
     if not sources or (shipped and len(sources) > 1):
-        raise ValueError("an artefact has one package source, or sources of the other kinds")
+        raise ValueError("an artefact has one package source, one import source, or sources of the other kinds")
     fields = {name: value for name, value in table.items() if name != "source"}
     return Artefact(**{**fields, "installs": tuple(table["installs"]), "sources": remote, "shipped": shipped})
 
 
-def _source(table: dict[str, Any], folder: Path) -> RemoteSource | PackageSource:
+def _source(table: dict[str, Any], folder: Path) -> RemoteSource | LocalSource:
     fields = {name: value for name, value in table.items() if name != "kind"}
     files = tuple(PinnedFile(**file) for file in fields.pop("files"))
     match table["kind"]:
@@ -190,5 +219,8 @@ def _source(table: dict[str, Any], folder: Path) -> RemoteSource | PackageSource
         case "package":
             (file,) = files
             return PackageSource(folder / file.name, file)
+        case "import":
+            (file,) = files
+            return ImportSource(folder / file.name, file, **fields)
         case other:
-            raise ValueError(f"source kind {other!r} is none of hub, index, package")
+            raise ValueError(f"source kind {other!r} is none of hub, index, package, import")

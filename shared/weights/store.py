@@ -25,14 +25,22 @@ from typing import Literal
 
 from shared.errors import WeightsUnavailable
 from shared.home import home as default_folder
-from shared.weights.catalogue import Artefact, PackageSource, PinnedFile, RemoteSource, catalogue, find_artefact
+from shared.weights.catalogue import (
+    Artefact,
+    ImportSource,
+    LocalSource,
+    PinnedFile,
+    RemoteSource,
+    catalogue,
+    find_artefact,
+)
 from shared.weights.fetch import SourceFailed, fetch, local_name, one_line, sha256
 
 RECEIPT = "receipt.json"
 
 _log = logging.getLogger(__name__)
 
-State = Literal["shipped", "installed", "missing", "damaged"]
+State = Literal["shipped", "imported", "installed", "missing", "damaged"]
 
 
 @dataclass(frozen=True)
@@ -40,8 +48,8 @@ class Status:
     """How an artefact stands on this machine, as far as a look at names and sizes tells.
 
     Attributes:
-        state: ``shipped`` is part of a package, ``installed`` is in the cache, ``damaged`` is there but not as it was
-            installed.
+        state: ``shipped`` is part of a package, ``imported`` was made of a user's checkpoint, ``installed`` is in the
+            cache, ``damaged`` is there but not as it was installed.
         path: of the file or folder; None if it is missing or damaged.
         size: bytes on this disk; of a missing one, bytes to fetch from its first source.
         origin: the source it came from; of a missing one, its first source.
@@ -167,7 +175,8 @@ class Store:
         artefact = find_artefact(name, self.artefacts)
         if artefact.shipped:
             return self.path(name)
-        with self._plain_errors(), self._turn(name):
+        lock = self._folder(f".{name}.lock")
+        with plain_errors(self.home), turn(lock, f"{name}: another process is installing it; waiting", self._say):
             found = self.status(name).path
             return found if found and not force else self._install(artefact)
 
@@ -176,13 +185,13 @@ class Store:
 
         Raises:
             UnknownName: no such artefact.
-            WeightsUnavailable: it is missing, or a file is not what was installed (or shipped).
+            WeightsUnavailable: it is missing, or a file is not what was installed (or shipped, or imported).
         """
         path, artefact = self.path(name), self.artefacts[name]
-        with self._plain_errors():
+        with plain_errors(self.home):
             if artefact.shipped:
                 if sha256(path) != artefact.shipped.file.sha256:
-                    raise WeightsUnavailable(f"{name} is damaged: {path} has changed; install its package again")
+                    raise WeightsUnavailable(f"{name} is damaged: {path} has changed; {_restore(artefact.shipped)}")
                 return
             folder = self._folder(name)
             receipt = _Receipt.read(folder)
@@ -191,7 +200,7 @@ class Store:
                     raise WeightsUnavailable(f"{name} is damaged: {folder / file.name} has changed; {_again(name)}")
 
     def digest(self, name: str) -> str:
-        """SHA-256 of the artefact's tensors file, in hex, as pinned (shipped) or as installed; nothing is read again.
+        """SHA-256 of the artefact's tensors file, in hex, as pinned or as installed; nothing is read again.
 
         Raises:
             UnknownName, WeightsUnavailable: as ``path``.
@@ -229,34 +238,6 @@ class Store:
             f"{self._folder(artefact.name)} from a machine that has it"
         )
 
-    @contextmanager
-    def _turn(self, name: str) -> Iterator[None]:
-        """Waits until no other process installs this artefact."""
-        from filelock import FileLock, Timeout
-
-        (self.home / "weights").mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self._folder(f".{name}.lock"))
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            self._say(f"{name}: another process is installing it; waiting")
-            lock.acquire()
-        try:
-            yield
-        finally:
-            lock.release()
-
-    @contextmanager
-    def _plain_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as problem:
-            if problem.errno == errno.ENOSPC:
-                reason, advice = f"no space left on the disk of {self.home}", "free some"
-            else:
-                reason, advice = f"{problem.filename or self.home}: {problem.strerror or problem}", "make it writable"
-            raise WeightsUnavailable(f"{reason}; {advice}, or set COMNECK_HOME to another folder") from problem
-
 
 def path(name: str) -> Path:
     """``Store().path(name)``: where an installed artefact is."""
@@ -271,6 +252,48 @@ def ensure(name: str) -> Path:
 def digest_of(name: str) -> str:
     """``Store().digest(name)``: SHA-256 of an artefact's tensors file."""
     return Store().digest(name)
+
+
+@contextmanager
+def turn(lock: Path, busy: str, say: Callable[[str], object]) -> Iterator[None]:
+    """Waits until no other process holds the lock; says that it is ``busy`` if one does."""
+    from filelock import FileLock, Timeout
+
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    held = FileLock(lock)
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        say(busy)
+        held.acquire()
+    try:
+        yield
+    finally:
+        held.release()
+
+
+@contextmanager
+def plain_errors(home: Path) -> Iterator[None]:
+    """Turns what the disk of the cache folder does not let us do into WeightsUnavailable."""
+    try:
+        yield
+    except OSError as problem:
+        if problem.errno == errno.ENOSPC:
+            reason, advice = f"no space left on the disk of {home}", "free some"
+        else:
+            reason, advice = f"{problem.filename or home}: {problem.strerror or problem}", "make it writable"
+        raise WeightsUnavailable(f"{reason}; {advice}, or set COMNECK_HOME to another folder") from problem
+
+
+def sync(path: Path) -> None:
+    """Returns once a file or folder is on the disk for good."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows has no handle for a folder
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _build(artefact: Artefact, source: RemoteSource, fetched: Path, building: Path) -> None:
@@ -311,33 +334,31 @@ def _write_receipt(artefact: Artefact, source: RemoteSource, folder: Path) -> No
 def _swap_in(building: Path, folder: Path) -> None:
     """Puts a finished folder in place, on the disk for good."""
     for path in [*building.rglob("*"), building]:
-        _sync(path)
+        sync(path)
     replaced = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(replaced, ignore_errors=True)
     if folder.exists():
         folder.rename(replaced)
     building.rename(folder)
-    _sync(folder.parent)
+    sync(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":
-        return  # Windows has no handle for a folder
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _status_of_shipped(artefact: Artefact, source: PackageSource) -> Status:
+def _status_of_shipped(artefact: Artefact, source: LocalSource) -> Status:
+    imported = isinstance(source, ImportSource)
     size = _size(source.path)
     if size == source.file.size:
-        return Status(artefact, "shipped", source.path, size, str(source))
+        return Status(artefact, "imported" if imported else "shipped", source.path, size, str(source))
     found = f"has {size:,} bytes instead of {source.file.size:,}" if size else "is missing"
-    problem = f"{artefact.name} is part of an installed package, but {source.path} {found}: install the package again"
+    origin = "was imported" if imported else "is part of an installed package"
+    problem = f"{artefact.name} {origin}, but {source.path} {found}: {_restore(source)}"
     return Status(artefact, "damaged" if size else "missing", None, size or source.file.size, str(source), problem)
+
+
+def _restore(source: LocalSource) -> str:
+    if isinstance(source, ImportSource):
+        return f"import {source.checkpoint} again (`comneck weights import`)"
+    return "install the package again"
 
 
 def _pins(source: RemoteSource) -> dict[str, str]:

@@ -119,9 +119,12 @@ def answer_from_wire(message: pb.Answer) -> Answer:
 def profile_to_wire(profile: ServerProfile) -> pb.GetProfileResponse:
     return pb.GetProfileResponse(
         profile=profile.profile,
-        codec_digest=bytes.fromhex(profile.codec_digest),
+        qualities=[
+            pb.Quality(quality=quality, codec_digest=bytes.fromhex(digest))
+            for quality, digest in profile.qualities.items()
+        ],
         scenario=profile.scenario,
-        rate=profile.rate,
+        quality=profile.quality,
         backends=profile.backends,
         max_request_bytes=profile.max_request_bytes,
         max_images=profile.max_images,
@@ -133,9 +136,9 @@ def profile_to_wire(profile: ServerProfile) -> pb.GetProfileResponse:
 def profile_from_wire(message: pb.GetProfileResponse) -> ServerProfile:
     return ServerProfile(
         profile=message.profile,
-        codec_digest=message.codec_digest.hex(),
+        qualities={one.quality: one.codec_digest.hex() for one in message.qualities},
         scenario=message.scenario,
-        rate=message.rate,
+        quality=message.quality,
         backends=tuple(message.backends),
         max_request_bytes=message.max_request_bytes,
         max_images=message.max_images,

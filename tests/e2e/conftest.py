@@ -46,16 +46,21 @@ def edge(server: Server) -> Edge:
 
     def run(*arguments: str | Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         address = [] if "--server" in arguments else ["--server", server.grpc]
-        return subprocess.run(
-            [COMMANDS / "edge-client", "send", *arguments, *address],
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            env=os.environ | {"COMNECK_DEBUG": ""},
-            check=False,
-        )
+        return edge_client("send", *arguments, *address, timeout=timeout)
 
     return run
+
+
+def edge_client(*arguments: str | Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """Runs ``edge-client``."""
+    return subprocess.run(
+        [COMMANDS / "edge-client", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=os.environ | {"COMNECK_DEBUG": ""},
+        check=False,
+    )
 
 
 @pytest.fixture(scope="session")

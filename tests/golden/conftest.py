@@ -38,7 +38,7 @@ class Golden:
         (spec,) = (spec for spec in self.case["inputs"] if spec["name"] == name)
         if spec["stored"]:
             return torch.from_numpy(self.arrays[spec["stored"]])
-        return torch.from_numpy(feature(spec))
+        return torch.from_numpy({"feature": feature, "image": image}[spec["rule"]](spec))
 
     def check(self, name: str, ours: Tensor) -> None:
         """Compares with the recorded output, element by element, at the strict tolerance."""
@@ -55,6 +55,9 @@ def formula(spec: dict[str, Any], seed: float) -> np.ndarray:
     """MANIFEST's weight formula: w[i] = b + s sin(0.7311 j + 0.5371 (j^2 mod 100003) + 0.1237 k + seed)."""
     j = np.arange(int(np.prod(spec["shape"])), dtype=np.int64) % 100003
     theta = 0.7311 * j + 0.5371 * ((j * j) % 100003) + (0.1237 * spec["k"] + seed)
+    if spec["rule"] == "quantiles":  # (C, 1, 3): one median a channel, and as far to either side
+        median = spec["s"] * np.sin(theta[: len(theta) // 3])
+        return np.stack([median - spec["b"], median, median + spec["b"]], 1)[:, None].astype(np.float32)
     offset = {"scaled_sin": 0.0, "one_plus": 1.0}.get(spec["rule"], spec["b"])
     weights = (offset + spec["s"] * np.sin(theta)).astype(np.float32)
     np.testing.assert_allclose(weights[:2], spec["first2"][: len(weights)], rtol=1e-6)
@@ -63,15 +66,32 @@ def formula(spec: dict[str, Any], seed: float) -> np.ndarray:
 
 def feature(spec: dict[str, Any]) -> np.ndarray:
     """MANIFEST's input formula of rule ``feature``."""
-    assert spec["rule"] == "feature"
+    return input_of(spec, spec["amp"] * texture(spec))
+
+
+def image(spec: dict[str, Any]) -> np.ndarray:
+    """MANIFEST's input formula of rule ``image``, in 0..1."""
+    channels, height, width = spec["shape"][1:]
+    i = np.arange(int(np.prod(spec["shape"])), dtype=np.int64)
+    c = i // (height * width) % channels
+    waves = np.sin(spec["a"] * (i % 9973) + 0.31 * c + spec["seed"])
+    return input_of(spec, 0.5 + 0.35 * waves + 0.15 * texture(spec))
+
+
+def texture(spec: dict[str, Any]) -> np.ndarray:
+    """What MANIFEST's input formulas share: sin(0.9 j + q j^2 + seed), flat."""
     j = np.arange(int(np.prod(spec["shape"])), dtype=np.int64) % 9973
-    values = spec["amp"] * np.sin(0.9 * j + spec["q"] * ((j * j) % 9973) + spec["seed"])
+    return np.sin(0.9 * j + spec["q"] * (j * j % 9973) + spec["seed"])
+
+
+def input_of(spec: dict[str, Any], values: np.ndarray) -> np.ndarray:
+    """Flat values in an input's type and shape, checked against its first four."""
     values = values.astype(np.float32)
     np.testing.assert_allclose(values[:4], spec["first4"], rtol=1e-6)
     return values.reshape(spec["shape"])
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def golden():
     """Loads a case by name, or skips where the folder is absent."""
 

@@ -25,7 +25,7 @@ def server(_server: RunningServer) -> RunningServer:
 def bitstream() -> Bitstream:
     return Bitstream(
         scenario="d1",
-        rate=2,
+        quality=2,
         codec_digest=bytes.fromhex(CODEC_DIGEST),
         height=256,
         width=256,

@@ -1,4 +1,4 @@
-"""A server of the product with a scripted engine instead of models, on real sockets."""
+"""A server of the product with a scripted engine instead of models, on real sockets; an encoder without a codec."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import threading
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from cloud_server.server import serving
 from cloud_server.settings import ServerSettings
+from shared.bitstream import Bitstream
 from shared.conversation import Answer, Conversation, ServerProfile, Timings
+from shared.images import Photo, Preparation, load_photo, prepare
 
 CODEC_DIGEST = "349eaab3"
 SETTINGS = ServerSettings(grpc_port=0, http_port=0, max_request_bytes=4096, max_images=2)
@@ -41,9 +44,9 @@ class ScriptedEngine:
     def server_profile(self) -> ServerProfile:
         return ServerProfile(
             profile="small",
-            codec_digest=CODEC_DIGEST,
+            qualities={1: CODEC_DIGEST, 2: CODEC_DIGEST},
             scenario="d1",
-            rate=2,
+            quality=2,
             backends=("llama-adapter", "other"),
             max_request_bytes=SETTINGS.max_request_bytes,
             max_images=SETTINGS.max_images,
@@ -77,6 +80,26 @@ class ScriptedEngine:
             if isinstance(event, Answer):
                 return event
         raise AssertionError
+
+
+class ScriptedEncoder:
+    """Prepares as the profile says; encodes everything to the same bitstream, and remembers at which quality."""
+
+    def __init__(self, bitstream: Bitstream) -> None:
+        self.bitstream = bitstream
+        self.asked: list[tuple[int | None, int | None]] = []
+
+    def load(self, quality: int | None, max_bytes: int | None) -> None:
+        pass
+
+    def prepare(self, source: str | Path | bytes | Photo) -> Photo:
+        if not isinstance(source, Photo):
+            source = load_photo(Path(source) if isinstance(source, str) else source)
+        return prepare(source, Preparation())
+
+    def encode(self, source: Photo, quality: int | None = None, max_bytes: int | None = None) -> Bitstream:
+        self.asked.append((quality, max_bytes))
+        return self.bitstream
 
 
 @dataclass(frozen=True)

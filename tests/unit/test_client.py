@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from scripted import CODEC_DIGEST, SETTINGS, RunningServer, ScriptedEngine, running
+from scripted import CODEC_DIGEST, SETTINGS, RunningServer, ScriptedEncoder, ScriptedEngine, running
 
+import comneck
 import edge_client
 from edge_client import AsyncClient, Client, Encoder, Reply
 from shared.bitstream import Bitstream
-from shared.conversation import Generation, ServerProfile
+from shared.conversation import Generation
 from shared.errors import (
     BadInput,
     DeadlineExceeded,
@@ -32,7 +33,7 @@ from shared.errors import (
     UnreadableImage,
     all_errors,
 )
-from shared.images import Photo, Preparation, load_photo, prepare
+from shared.images import load_photo
 
 Ask = Callable[..., Reply]
 
@@ -54,19 +55,6 @@ def ask_async(address: str, *args: Any, timeout: float = 5, **options: Any) -> R
 def ask(request: pytest.FixtureRequest) -> Ask:
     """Every promise holds for both clients."""
     return request.param  # type: ignore[no-any-return]
-
-
-class ScriptedEncoder:
-    """Prepares as the profile says; encodes everything to the same bitstream."""
-
-    def __init__(self, bitstream: Bitstream) -> None:
-        self.bitstream = bitstream
-
-    def prepare(self, source: Path | bytes | Photo) -> Photo:
-        return prepare(source if isinstance(source, Photo) else load_photo(source), Preparation())
-
-    def encode(self, source: Photo) -> Bitstream:
-        return self.bitstream
 
 
 @pytest.fixture
@@ -229,20 +217,54 @@ def test_a_timeout_without_meaning_is_bad_input(timeout: float) -> None:
         Client(timeout=timeout)
 
 
-def test_a_profile_that_the_client_does_not_know_is_a_mismatch(server: RunningServer) -> None:
+def test_quality_and_size_reach_the_encoder(
+    server: RunningServer, encoder: ScriptedEncoder, ask: Ask, png: bytes
+) -> None:
+    receipt = ask(server.grpc, [png, png], "which?", quality=1, max_bytes=900).receipt
+    assert encoder.asked == [(1, 900)] * 2
+    assert receipt.qualities == (2, 2)  # those of the bitstreams, whatever was asked for
+    ask(server.grpc, png, "what?")
+    assert encoder.asked[-1] == (None, None)
+
+
+def test_a_stored_bitstream_is_sent_as_it_is(
+    server: RunningServer, bitstream: Bitstream, ask: Ask, tmp_path: Path
+) -> None:
+    path = tmp_path / "photo.CNK"
+    path.write_bytes(bytes(bitstream))
+    for source in (path, str(path)):
+        assert ask(server.grpc, source, "what?").receipt.bytes_jpeg75 is None
+    assert [asked.parts for asked in server.engine.asked] == [(bitstream, "what?")] * 2
+
+
+def test_a_quality_for_what_is_encoded_already_is_refused(
+    server: RunningServer, bitstream: Bitstream, ask: Ask
+) -> None:
+    for options in ({"quality": 2}, {"max_bytes": 900}):
+        with pytest.raises(BadInput, match="nothing is left to encode"):
+            ask(server.grpc, bitstream, "what?", **options)
+    assert not server.engine.asked
+
+
+@pytest.mark.parametrize("change", [{"codec_digest": bytes(4)}, {"quality": 3}])
+def test_a_bitstream_that_the_server_does_not_decode_is_refused_before_it_is_sent(
+    server: RunningServer, bitstream: Bitstream, ask: Ask, change: dict[str, Any]
+) -> None:
     with pytest.raises(
-        ProfileMismatch, match=r"speaks profile 'huge', this client knows small.*version of comneck, 9\.9"
+        ProfileMismatch, match=rf"runs profile 'small' and decodes quality 1, 2 by codec {CODEC_DIGEST}"
     ):
-        Encoder.for_server(ServerProfile("huge", CODEC_DIGEST, "d1", 2, ("x",), 1, 1, 1, "9.9"))
+        ask(server.grpc, replace(bitstream, **change), "what?")
+    assert not server.engine.asked
 
 
-def test_other_codec_weights_are_a_mismatch(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Codec:
-        digest_bytes = bytes.fromhex("00000001")
-
-    monkeypatch.setattr(Encoder, "__init__", lambda self, profile: setattr(self, "codec", Codec))
-    with pytest.raises(ProfileMismatch, match=f"is {CODEC_DIGEST}, this client's is 00000001"):
-        Encoder.for_server(ServerProfile("small", CODEC_DIGEST, "d1", 2, ("x",), 1, 1, 1, "9.9"))
+def test_after_a_mismatch_the_server_is_asked_for_its_profile_again(
+    server: RunningServer, bitstream: Bitstream
+) -> None:
+    with Client(server.grpc, timeout=5) as client:
+        before = client.profile()
+        with pytest.raises(ProfileMismatch):
+            client.ask(replace(bitstream, quality=3), "what?")
+        assert client.profile() is not before
 
 
 def test_a_replaced_server_is_asked_for_its_profile_again(server: RunningServer, bitstream: Bitstream) -> None:
@@ -299,6 +321,13 @@ def test_the_package_offers_what_it_says() -> None:
         assert getattr(edge_client, name)
     with pytest.raises(AttributeError):
         edge_client.Nothing  # noqa: B018
+
+
+def test_the_sdk_offers_what_it_says() -> None:
+    for name in comneck.__all__:
+        assert getattr(comneck, name)
+    with pytest.raises(AttributeError):
+        comneck.Nothing  # noqa: B018
 
 
 def test_a_stream_cut_by_the_server_is_a_failure(

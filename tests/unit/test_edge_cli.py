@@ -9,29 +9,23 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from scripted import RunningServer
+from scripted import CODEC_DIGEST, RunningServer, ScriptedEncoder
 
 from edge_client.cli import main
 from edge_client.encoder import Encoder
 from shared.bitstream import Bitstream
 from shared.errors import ComneckError, PromptTooLong, all_errors
-from shared.images import Photo, Preparation, prepare
-
-
-class ScriptedEncoder:
-    def __init__(self, bitstream: Bitstream) -> None:
-        self.bitstream = bitstream
-
-    def prepare(self, source: Photo) -> Photo:
-        return prepare(source, Preparation())
-
-    def encode(self, source: Photo) -> Bitstream:
-        return self.bitstream
 
 
 @pytest.fixture
-def photo(tmp_path: Path, bitstream: Bitstream, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(Encoder, "for_server", lambda server: ScriptedEncoder(bitstream))
+def encoder(bitstream: Bitstream, monkeypatch: pytest.MonkeyPatch) -> ScriptedEncoder:
+    encoder = ScriptedEncoder(bitstream)
+    monkeypatch.setattr(Encoder, "for_server", lambda server: encoder)
+    return encoder
+
+
+@pytest.fixture
+def photo(tmp_path: Path, encoder: ScriptedEncoder) -> str:
     path = tmp_path / "photo.png"
     Image.linear_gradient("L").save(path)
     return str(path)
@@ -45,7 +39,7 @@ def test_send_prints_the_answer_then_one_line_of_receipt(
     answer, receipt = out.splitlines()
     assert (answer, err) == ("a dog runs", "")
     assert re.fullmatch(
-        r"528 B sent \(\d+ B on the wire\), 0\.064 bpp, \d+\.\dx smaller than JPEG 75 \([\d,]+ B\) \| "
+        r"528 B sent \(\d+ B on the wire\), 0\.064 bpp, quality 2, \d+\.\dx smaller than JPEG 75 \([\d,]+ B\) \| "
         r"encode \d+ ms, network \d+ ms, queue 1 ms, decode\+neck 2 ms, vision 3 ms, generation 4 ms",
         receipt,
     )
@@ -61,12 +55,30 @@ def test_send_json_prints_one_object(server: RunningServer, photo: str, capsys: 
         "other",
         "small",
     )
-    assert (reply["bytes_payload"], reply["bpp"]) == (528, 0.0645)
+    assert (reply["bytes_payload"], reply["bpp"], reply["quality"]) == (528, 0.0645, 2)
     assert reply["bytes_wire"] > 528
     assert reply["bytes_jpeg75"] > 528
     assert set(reply["timings_ms"]) == {"load", "encode", "network", "queue", "decode", "vision", "generation"}
     assert reply["model_digests"] == {"codec": "c0dec", "llm": "11a"}
     assert server.engine.asked[0].generation.max_tokens == 9
+
+
+def test_quality_and_size_reach_the_encoder(server: RunningServer, photo: str, encoder: ScriptedEncoder) -> None:
+    assert main(["send", photo, "what?", "--server", server.grpc, "--quality", "1", "--max-bytes", "900"]) == 0
+    assert encoder.asked == [(1, 900)]
+
+
+def test_a_stored_bitstream_is_sent_as_it_is(
+    server: RunningServer, bitstream: Bitstream, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "photo.cnk"
+    path.write_bytes(bytes(bitstream))
+    assert main(["send", str(path), "what?", "--server", server.grpc]) == 0
+    assert server.engine.asked[0].images == (bitstream,)
+    assert "528 B sent" in capsys.readouterr().out
+    for flag in ("--quality", "--max-bytes"):
+        assert main(["send", str(path), "what?", "--server", server.grpc, flag, "2"]) == 2
+        assert "nothing is left to encode" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", all_errors(), ids=lambda kind: kind.__name__)
@@ -106,6 +118,8 @@ def test_an_error_in_the_middle_of_an_answer_gets_a_line_of_its_own(
         (["{photo}", "what?", "--server", "127.0.0.1:9"], 10, "no comneck server answers at 127.0.0.1:9"),
         (["{photo}", "what?", "--max-tokens", "-3"], 2, "out of range"),
         (["{text}", "what?"], 3, "no picture"),
+        (["{text}.cnk", "what?"], 2, "does not exist"),
+        (["{cut}", "what?"], 4, "too few for a bitstream"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -118,7 +132,8 @@ def test_bad_input_is_one_line(
     complaint: str,
 ) -> None:
     (tmp_path / "text.txt").write_text("no picture at all")
-    places = {"photo": photo, "folder": tmp_path, "text": tmp_path / "text.txt"}
+    (tmp_path / "cut.cnk").write_bytes(b"\x10\x12")
+    places = {"photo": photo, "folder": tmp_path, "text": tmp_path / "text.txt", "cut": tmp_path / "cut.cnk"}
     given = ["--server", server.grpc, *(argument.format(**places) for argument in arguments)]
     assert main(["send", *given]) == code
     out, err = capsys.readouterr()
@@ -149,17 +164,16 @@ def test_a_failure_that_no_one_foresaw_is_one_line_unless_debugging(
     assert "Traceback" in capsys.readouterr().err
 
 
-SEND = """
+SEND = f"""
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with SIGINT ignored
+sys.path.insert(0, {str(Path(__file__).parent)!r})
 from edge_client.encoder import Encoder
 from edge_client.cli import main
+from scripted import ScriptedEncoder
 from shared.bitstream import Bitstream
-from shared.images import Preparation, prepare
-class Scripted:
-    def prepare(self, source): return prepare(source, Preparation())
-    def encode(self, source): return Bitstream("d1", 2, bytes(4), 256, 256, (1, 1), 0, bytes(500))
-Encoder.for_server = lambda server: Scripted()
+photo = Bitstream("d1", 2, bytes.fromhex({CODEC_DIGEST!r}), 256, 256, (1, 1), 0, bytes(500))
+Encoder.for_server = lambda server: ScriptedEncoder(photo)
 sys.exit(main())
 """
 

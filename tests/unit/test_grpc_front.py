@@ -47,7 +47,8 @@ def refusal(call: Callable[[], Any]) -> tuple[grpc.StatusCode, str, str | None]:
 
 def test_the_profile_tells_what_to_encode(stub: pb_grpc.ComneckServiceStub) -> None:
     profile = stub.GetProfile(pb.GetProfileRequest(), timeout=5)
-    assert (profile.profile, profile.codec_digest.hex()) == ("small", CODEC_DIGEST)
+    assert (profile.profile, profile.quality) == ("small", 2)
+    assert {one.quality: one.codec_digest.hex() for one in profile.qualities} == {1: CODEC_DIGEST, 2: CODEC_DIGEST}
     assert profile.max_request_bytes == SETTINGS.max_request_bytes
 
 

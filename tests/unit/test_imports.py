@@ -53,3 +53,29 @@ def test_help_imports_nothing_heavy(module: str) -> None:
     run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "exit codes:" in run.stdout
     assert HEAVY & set(run.stderr.split()) == set()
+
+
+WITHOUT_COMPRESSAI = """
+import sys
+sys.modules["compressai"] = None  # from here on, importing it fails
+from pathlib import Path
+import cloud_server.engine, cloud_server.server, cloud_server.backends.llama_adapter
+import numpy, torch
+from cloud_server.pipeline import load_entrances
+from edge_client.client import Client
+from edge_client.encoder import Encoder
+from edge_client.stored import reconstruct
+from shared.images import Photo
+from shared.profiles import get_profile
+photo = Photo(numpy.full((256, 256, 3), 99, numpy.uint8), (256, 256))
+bitstream = Encoder("small").encode(photo)
+entrance = load_entrances(get_profile("small"), torch.device("cpu"))[bitstream.quality]
+tokens = entrance.neck(entrance.codec.decode(bitstream).y_hat)
+print(tuple(tokens.shape), reconstruct(bitstream).pixels.shape)
+"""
+
+
+def test_encoding_and_decoding_take_no_compressai() -> None:
+    command = [sys.executable, "-c", WITHOUT_COMPRESSAI]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout) == (0, "(1, 257, 768) (256, 256, 3)\n"), run.stderr

@@ -45,7 +45,8 @@ def test_healthz_says_that_it_serves(http: httpx.Client) -> None:
 
 def test_the_profile_tells_what_to_encode(http: httpx.Client) -> None:
     profile = http.get("/v1/profile").json()
-    assert (profile["profile"], profile["codec_digest"]) == ("small", CODEC_DIGEST)
+    assert (profile["profile"], profile["quality"]) == ("small", 2)
+    assert profile["qualities"] == {"1": CODEC_DIGEST, "2": CODEC_DIGEST}
     assert profile["backends"] == ["llama-adapter", "other"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,14 @@ from torch import Tensor, nn
 
 from cloud_server.vision.clip import ClipTower
 from cloud_server.vision.neck import TransformNeck
+from shared.codecs.artefact import read_artefact
+from shared.codecs.codec import Codec
 from shared.errors import BadInput
-from shared.images import Preparation
+from shared.images import Photo, Preparation, load_photo, prepare
 from shared.profiles import ClipSpec
-from training.features import teacher_features
+from training.codec import CodecTraining
+from training.codec import run as train_codec
+from training.features import latents, teacher_features
 from training.loop import Losses, Schedule, generator, train
 from training.neck import channel_variance, relative_error, start_from_clip
 from training.photos import Entry, Question, pixel_cache, read_photo_set
@@ -173,3 +178,52 @@ def test_relative_error_is_one_for_the_mean_and_zero_for_the_truth() -> None:
     mean = teacher.mean((0, 1), keepdim=True).expand_as(teacher)
     assert float(relative_error(teacher, teacher, channel_variance(teacher))) == 0
     assert float(relative_error(mean, teacher, channel_variance(teacher))) == pytest.approx(1)
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> CodecTraining:
+    """A codec of two qualities, trained for two steps on noise."""
+    folder = tmp_path_factory.mktemp("photos")
+    for i in range(4):
+        noise = np.random.default_rng(i).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{i}.png")
+    options = CodecTraining(
+        photos=folder, out=folder / "run", cache=folder / "cache", N=8, M=12, groups=(4, 4, 4), lmbdas=(0.001, 0.01),
+        steps=2, batch=2, crop=64,
+    )  # fmt: skip
+    train_codec(options)
+    return options
+
+
+def test_a_trained_codec_has_a_quality_for_each_lambda(tiny_run: CodecTraining) -> None:
+    codec = Codec.load(tiny_run.out / "codec.safetensors")
+    assert codec.qualities == (1, 2)
+    photo = prepare(load_photo(tiny_run.photos / "0.png"), Preparation())
+    assert len(codec.encode(photo, "d1", 1)) != len(codec.encode(photo, "d1", 2))
+    assert (tiny_run.out / "curve.csv").read_text().startswith("step,loss,bpp1,psnr1,bpp2,psnr2")
+
+
+def test_a_codec_trained_on_keeps_its_g_a_when_told_to(tiny_run: CodecTraining, tmp_path: Path) -> None:
+    start = tiny_run.out / "codec.safetensors"
+    train_codec(replace(tiny_run, start=start, keep_g_a=True, rate=0.5, out=tmp_path / "more"))
+    before, after = read_artefact(start), read_artefact(tmp_path / "more" / "codec.safetensors")
+    for one, other in zip(before.network.g_a.parameters(), after.network.g_a.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert not torch.equal(before.network.h_a[0].weight, after.network.h_a[0].weight)
+
+
+def test_a_batch_that_does_not_divide_among_the_qualities_is_refused(tiny_run: CodecTraining) -> None:
+    with pytest.raises(BadInput, match="3 crops does not divide among 2 qualities"):
+        train_codec(replace(tiny_run, batch=3))
+
+
+def test_necks_are_trained_on_what_a_decoder_gets_at_each_quality_in_turn(
+    tiny_run: CodecTraining, tmp_path: Path
+) -> None:
+    codec = Codec.load(tiny_run.out / "codec.safetensors")
+    pixels = np.stack([load_photo(tiny_run.photos / f"{i}.png").pixels for i in range(4)])
+    y_hat = latents(codec, pixels, (2, 1), tmp_path, batch=3)
+    for i, quality in enumerate((2, 1, 2, 1)):
+        stream = codec.encode(Photo(pixels[i], (256, 256)), "d1", quality)
+        decoded = codec.decode(stream).y_hat[0].numpy()
+        np.testing.assert_allclose(y_hat[i], decoded, atol=2e-3, rtol=2e-3)  # kept in half precision

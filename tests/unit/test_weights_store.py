@@ -448,7 +448,7 @@ def test_a_shipped_file_is_used_in_place(shipped: tuple[Store, Path]):
 def test_a_shipped_file_that_changed_is_found_by_verify(shipped: tuple[Store, Path]):
     store, path = shipped
     path.write_bytes(CONTENT[:-1] + b"!")
-    with pytest.raises(WeightsUnavailable, match="has changed; install its package again"):
+    with pytest.raises(WeightsUnavailable, match="has changed; install the package again"):
         store.verify("tiny")
 
 

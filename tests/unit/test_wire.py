@@ -36,7 +36,9 @@ def test_an_answer_arrives_as_it_was_given() -> None:
 
 
 def test_a_profile_arrives_as_it_was_told() -> None:
-    told = ServerProfile("small", "349eaab3", "d1", 2, ("llama-adapter", "other"), 65536, 8, 256, "0.1.0")
+    told = ServerProfile(
+        "small", {2: "349eaab3", 4: "00c0ffee"}, "d1", 2, ("llama-adapter", "other"), 65536, 8, 256, "0.1.0"
+    )
     assert convert.profile_from_wire(convert.profile_to_wire(told)) == told
 
 

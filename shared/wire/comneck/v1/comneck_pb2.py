@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$shared/wire/comneck/v1/comneck.proto\x12\ncomneck.v1\"\x13\n\x11GetProfileRequest\"\xc1\x01\n\x12GetProfileResponse\x12\x0f\n\x07profile\x18\x01 \x01(\t\x12\x14\n\x0c\x63odec_digest\x18\x02 \x01(\x0c\x12\x10\n\x08scenario\x18\x03 \x01(\t\x12\x0c\n\x04rate\x18\x04 \x01(\r\x12\x10\n\x08\x62\x61\x63kends\x18\x05 \x03(\t\x12\x19\n\x11max_request_bytes\x18\x06 \x01(\r\x12\x12\n\nmax_images\x18\x07 \x01(\r\x12\x12\n\nmax_tokens\x18\x08 \x01(\r\x12\x0f\n\x07version\x18\t \x01(\t\"?\n\rAnswerRequest\x12.\n\x0c\x63onversation\x18\x01 \x01(\x0b\x32\x18.comneck.v1.Conversation\"4\n\x0e\x41nswerResponse\x12\"\n\x06\x61nswer\x18\x01 \x01(\x0b\x32\x12.comneck.v1.Answer\"E\n\x13\x41nswerStreamRequest\x12.\n\x0c\x63onversation\x18\x01 \x01(\x0b\x32\x18.comneck.v1.Conversation\"U\n\x14\x41nswerStreamResponse\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12$\n\x06\x61nswer\x18\x02 \x01(\x0b\x32\x12.comneck.v1.AnswerH\x00\x42\x07\n\x05\x65vent\"s\n\x0c\x43onversation\x12\x1f\n\x05parts\x18\x01 \x03(\x0b\x32\x10.comneck.v1.Part\x12\x0f\n\x07\x62\x61\x63kend\x18\x02 \x01(\t\x12\x31\n\ngeneration\x18\x03 \x01(\x0b\x32\x1d.comneck.v1.GenerationOptions\"6\n\x04Part\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x13\n\tbitstream\x18\x02 \x01(\x0cH\x00\x42\t\n\x07\x63ontent\"\x9f\x01\n\x11GenerationOptions\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\rH\x03\x88\x01\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x07\n\x05_seed\"\x81\x02\n\x06\x41nswer\x12\x0c\n\x04text\x18\x01 \x01(\t\x12/\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x18.comneck.v1.FinishReason\x12\x0e\n\x06tokens\x18\x03 \x01(\r\x12\x0f\n\x07\x62\x61\x63kend\x18\x04 \x01(\t\x12\x0f\n\x07profile\x18\x05 \x01(\t\x12$\n\x07timings\x18\x06 \x01(\x0b\x32\x13.comneck.v1.Timings\x12\x30\n\x07\x64igests\x18\x07 \x03(\x0b\x32\x1f.comneck.v1.Answer.DigestsEntry\x1a.\n\x0c\x44igestsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"X\n\x07Timings\x12\x10\n\x08queue_ms\x18\x01 \x01(\x02\x12\x11\n\tdecode_ms\x18\x02 \x01(\x02\x12\x11\n\tvision_ms\x18\x03 \x01(\x02\x12\x15\n\rgeneration_ms\x18\x04 \x01(\x02*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xf3\x01\n\x0e\x43omneckService\x12K\n\nGetProfile\x12\x1d.comneck.v1.GetProfileRequest\x1a\x1e.comneck.v1.GetProfileResponse\x12?\n\x06\x41nswer\x12\x19.comneck.v1.AnswerRequest\x1a\x1a.comneck.v1.AnswerResponse\x12S\n\x0c\x41nswerStream\x12\x1f.comneck.v1.AnswerStreamRequest\x1a .comneck.v1.AnswerStreamResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$shared/wire/comneck/v1/comneck.proto\x12\ncomneck.v1\"\x13\n\x11GetProfileRequest\"\xd6\x01\n\x12GetProfileResponse\x12\x0f\n\x07profile\x18\x01 \x01(\t\x12&\n\tqualities\x18\x02 \x03(\x0b\x32\x13.comneck.v1.Quality\x12\x10\n\x08scenario\x18\x03 \x01(\t\x12\x0f\n\x07quality\x18\x04 \x01(\r\x12\x10\n\x08\x62\x61\x63kends\x18\x05 \x03(\t\x12\x19\n\x11max_request_bytes\x18\x06 \x01(\r\x12\x12\n\nmax_images\x18\x07 \x01(\r\x12\x12\n\nmax_tokens\x18\x08 \x01(\r\x12\x0f\n\x07version\x18\t \x01(\t\"0\n\x07Quality\x12\x0f\n\x07quality\x18\x01 \x01(\r\x12\x14\n\x0c\x63odec_digest\x18\x02 \x01(\x0c\"?\n\rAnswerRequest\x12.\n\x0c\x63onversation\x18\x01 \x01(\x0b\x32\x18.comneck.v1.Conversation\"4\n\x0e\x41nswerResponse\x12\"\n\x06\x61nswer\x18\x01 \x01(\x0b\x32\x12.comneck.v1.Answer\"E\n\x13\x41nswerStreamRequest\x12.\n\x0c\x63onversation\x18\x01 \x01(\x0b\x32\x18.comneck.v1.Conversation\"U\n\x14\x41nswerStreamResponse\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12$\n\x06\x61nswer\x18\x02 \x01(\x0b\x32\x12.comneck.v1.AnswerH\x00\x42\x07\n\x05\x65vent\"s\n\x0c\x43onversation\x12\x1f\n\x05parts\x18\x01 \x03(\x0b\x32\x10.comneck.v1.Part\x12\x0f\n\x07\x62\x61\x63kend\x18\x02 \x01(\t\x12\x31\n\ngeneration\x18\x03 \x01(\x0b\x32\x1d.comneck.v1.GenerationOptions\"6\n\x04Part\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x13\n\tbitstream\x18\x02 \x01(\x0cH\x00\x42\t\n\x07\x63ontent\"\x9f\x01\n\x11GenerationOptions\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\rH\x03\x88\x01\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x07\n\x05_seed\"\x81\x02\n\x06\x41nswer\x12\x0c\n\x04text\x18\x01 \x01(\t\x12/\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x18.comneck.v1.FinishReason\x12\x0e\n\x06tokens\x18\x03 \x01(\r\x12\x0f\n\x07\x62\x61\x63kend\x18\x04 \x01(\t\x12\x0f\n\x07profile\x18\x05 \x01(\t\x12$\n\x07timings\x18\x06 \x01(\x0b\x32\x13.comneck.v1.Timings\x12\x30\n\x07\x64igests\x18\x07 \x03(\x0b\x32\x1f.comneck.v1.Answer.DigestsEntry\x1a.\n\x0c\x44igestsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"X\n\x07Timings\x12\x10\n\x08queue_ms\x18\x01 \x01(\x02\x12\x11\n\tdecode_ms\x18\x02 \x01(\x02\x12\x11\n\tvision_ms\x18\x03 \x01(\x02\x12\x15\n\rgeneration_ms\x18\x04 \x01(\x02*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xf3\x01\n\x0e\x43omneckService\x12K\n\nGetProfile\x12\x1d.comneck.v1.GetProfileRequest\x1a\x1e.comneck.v1.GetProfileResponse\x12?\n\x06\x41nswer\x12\x19.comneck.v1.AnswerRequest\x1a\x1a.comneck.v1.AnswerResponse\x12S\n\x0c\x41nswerStream\x12\x1f.comneck.v1.AnswerStreamRequest\x1a .comneck.v1.AnswerStreamResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,32 +33,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ANSWER_DIGESTSENTRY']._loaded_options = None
   _globals['_ANSWER_DIGESTSENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=1231
-  _globals['_FINISHREASON']._serialized_end=1326
+  _globals['_FINISHREASON']._serialized_start=1302
+  _globals['_FINISHREASON']._serialized_end=1397
   _globals['_GETPROFILEREQUEST']._serialized_start=52
   _globals['_GETPROFILEREQUEST']._serialized_end=71
   _globals['_GETPROFILERESPONSE']._serialized_start=74
-  _globals['_GETPROFILERESPONSE']._serialized_end=267
-  _globals['_ANSWERREQUEST']._serialized_start=269
-  _globals['_ANSWERREQUEST']._serialized_end=332
-  _globals['_ANSWERRESPONSE']._serialized_start=334
-  _globals['_ANSWERRESPONSE']._serialized_end=386
-  _globals['_ANSWERSTREAMREQUEST']._serialized_start=388
-  _globals['_ANSWERSTREAMREQUEST']._serialized_end=457
-  _globals['_ANSWERSTREAMRESPONSE']._serialized_start=459
-  _globals['_ANSWERSTREAMRESPONSE']._serialized_end=544
-  _globals['_CONVERSATION']._serialized_start=546
-  _globals['_CONVERSATION']._serialized_end=661
-  _globals['_PART']._serialized_start=663
-  _globals['_PART']._serialized_end=717
-  _globals['_GENERATIONOPTIONS']._serialized_start=720
-  _globals['_GENERATIONOPTIONS']._serialized_end=879
-  _globals['_ANSWER']._serialized_start=882
-  _globals['_ANSWER']._serialized_end=1139
-  _globals['_ANSWER_DIGESTSENTRY']._serialized_start=1093
-  _globals['_ANSWER_DIGESTSENTRY']._serialized_end=1139
-  _globals['_TIMINGS']._serialized_start=1141
-  _globals['_TIMINGS']._serialized_end=1229
-  _globals['_COMNECKSERVICE']._serialized_start=1329
-  _globals['_COMNECKSERVICE']._serialized_end=1572
+  _globals['_GETPROFILERESPONSE']._serialized_end=288
+  _globals['_QUALITY']._serialized_start=290
+  _globals['_QUALITY']._serialized_end=338
+  _globals['_ANSWERREQUEST']._serialized_start=340
+  _globals['_ANSWERREQUEST']._serialized_end=403
+  _globals['_ANSWERRESPONSE']._serialized_start=405
+  _globals['_ANSWERRESPONSE']._serialized_end=457
+  _globals['_ANSWERSTREAMREQUEST']._serialized_start=459
+  _globals['_ANSWERSTREAMREQUEST']._serialized_end=528
+  _globals['_ANSWERSTREAMRESPONSE']._serialized_start=530
+  _globals['_ANSWERSTREAMRESPONSE']._serialized_end=615
+  _globals['_CONVERSATION']._serialized_start=617
+  _globals['_CONVERSATION']._serialized_end=732
+  _globals['_PART']._serialized_start=734
+  _globals['_PART']._serialized_end=788
+  _globals['_GENERATIONOPTIONS']._serialized_start=791
+  _globals['_GENERATIONOPTIONS']._serialized_end=950
+  _globals['_ANSWER']._serialized_start=953
+  _globals['_ANSWER']._serialized_end=1210
+  _globals['_ANSWER_DIGESTSENTRY']._serialized_start=1164
+  _globals['_ANSWER_DIGESTSENTRY']._serialized_end=1210
+  _globals['_TIMINGS']._serialized_start=1212
+  _globals['_TIMINGS']._serialized_end=1300
+  _globals['_COMNECKSERVICE']._serialized_start=1400
+  _globals['_COMNECKSERVICE']._serialized_end=1643
 # @@protoc_insertion_point(module_scope)

@@ -21,26 +21,34 @@ class GetProfileRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetProfileResponse(_message.Message):
-    __slots__ = ("profile", "codec_digest", "scenario", "rate", "backends", "max_request_bytes", "max_images", "max_tokens", "version")
+    __slots__ = ("profile", "qualities", "scenario", "quality", "backends", "max_request_bytes", "max_images", "max_tokens", "version")
     PROFILE_FIELD_NUMBER: _ClassVar[int]
-    CODEC_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    QUALITIES_FIELD_NUMBER: _ClassVar[int]
     SCENARIO_FIELD_NUMBER: _ClassVar[int]
-    RATE_FIELD_NUMBER: _ClassVar[int]
+    QUALITY_FIELD_NUMBER: _ClassVar[int]
     BACKENDS_FIELD_NUMBER: _ClassVar[int]
     MAX_REQUEST_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_IMAGES_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     profile: str
-    codec_digest: bytes
+    qualities: _containers.RepeatedCompositeFieldContainer[Quality]
     scenario: str
-    rate: int
+    quality: int
     backends: _containers.RepeatedScalarFieldContainer[str]
     max_request_bytes: int
     max_images: int
     max_tokens: int
     version: str
-    def __init__(self, profile: _Optional[str] = ..., codec_digest: _Optional[bytes] = ..., scenario: _Optional[str] = ..., rate: _Optional[int] = ..., backends: _Optional[_Iterable[str]] = ..., max_request_bytes: _Optional[int] = ..., max_images: _Optional[int] = ..., max_tokens: _Optional[int] = ..., version: _Optional[str] = ...) -> None: ...
+    def __init__(self, profile: _Optional[str] = ..., qualities: _Optional[_Iterable[_Union[Quality, _Mapping]]] = ..., scenario: _Optional[str] = ..., quality: _Optional[int] = ..., backends: _Optional[_Iterable[str]] = ..., max_request_bytes: _Optional[int] = ..., max_images: _Optional[int] = ..., max_tokens: _Optional[int] = ..., version: _Optional[str] = ...) -> None: ...
+
+class Quality(_message.Message):
+    __slots__ = ("quality", "codec_digest")
+    QUALITY_FIELD_NUMBER: _ClassVar[int]
+    CODEC_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    quality: int
+    codec_digest: bytes
+    def __init__(self, quality: _Optional[int] = ..., codec_digest: _Optional[bytes] = ...) -> None: ...
 
 class AnswerRequest(_message.Message):
     __slots__ = ("conversation",)
