@@ -3,21 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-
-from edge_client.stored import Found, find_codec
+from edge_client.stored import find_codec
 from shared.bitstream import VERSION, Bitstream
 from shared.errors import ProfileMismatch, TooLarge
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from shared.codecs.entropy import Symbols, Tables
-    from shared.codecs.interface import ExactPass
-
-ESCAPED_BITS = 16  # of a symbol outside its table, after the escape
 
 
 @dataclass(frozen=True)
@@ -103,48 +93,7 @@ def inspect(bitstream: Bitstream) -> Inspection:
     inspection = Inspection(bitstream, header, len(bare) - header, len(bitstream.payload))
     try:
         found = find_codec(bitstream)
-        found.codec.decode(bitstream)
+        z_bits, y_bits = found.codec.information(bitstream)
     except (ProfileMismatch, TooLarge) as problem:
         return replace(inspection, problem=str(problem))
-    z_bits, y_bits = information(found, bitstream)
     return replace(inspection, profile=found.profile, z_bits=z_bits, y_bits=y_bits)
-
-
-def information(found: Found, bitstream: Bitstream) -> tuple[float, float]:
-    """Bits of information in the symbols of z and of y, for a bitstream that this codec decodes."""
-    import torch
-
-    from shared.codecs.codec import HYPER_STRIDE
-    from shared.codecs.entropy import SymbolReader
-
-    codec, thresholds = found.codec, found.artefact.thresholds
-    reader = SymbolReader(bitstream.payload)
-    bits = []
-
-    def read(indexes: Tensor, tables: Tables) -> Tensor:
-        under = indexes.numpy().ravel()
-        symbols = reader.read(under, tables)
-        bits.append(_information(symbols, under, tables))
-        return torch.from_numpy(symbols).view(indexes.shape)
-
-    def code(step: ExactPass) -> Tensor:
-        return read(torch.bucketize(step.scale.contiguous(), thresholds, right=True, out_int32=True), codec.y_tables)
-
-    rows, columns = bitstream.height // HYPER_STRIDE, bitstream.width // HYPER_STRIDE
-    channels = torch.arange(codec.N, dtype=torch.int32).expand(1, rows, columns, -1)
-    with torch.inference_mode():
-        codec.path.walk(read(channels, codec.z_tables), code)
-    z, *y = bits
-    return z, sum(y)
-
-
-def _information(symbols: Symbols, indexes: Symbols, tables: Tables) -> float:
-    """Bits that ``symbols`` (n,) cost under the tables ``indexes`` (n,)."""
-    from shared.codecs.entropy import TOTAL
-
-    entries = symbols - tables.offsets[indexes]
-    escapes = tables.escapes[indexes]
-    escaped = (entries < 0) | (entries >= escapes)
-    starts = np.cumsum(tables.lengths) - tables.lengths
-    frequencies = tables.frequencies[starts[indexes] + np.where(escaped, escapes, entries)]
-    return float(-np.log2(frequencies / TOTAL).sum() + ESCAPED_BITS * escaped.sum())

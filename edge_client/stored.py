@@ -28,11 +28,9 @@ class Found:
 
     Attributes:
         profile: name of one that has it.
-        artefact: what it was loaded from.
     """
 
     profile: str
-    artefact: Artefact
     codec: Codec
 
 
@@ -79,7 +77,7 @@ def find_codec(bitstream: Bitstream, profile: str | None = None) -> Found:
             if path := _codec_path(known, bitstream.quality, fetch=profile is not None):
                 artefact = artefacts[path] = artefacts.get(path) or read_artefact(path)
                 if bytes.fromhex(artefact.digest[:8]) == bitstream.codec_digest:
-                    return Found(name, artefact, Codec(artefact))
+                    return Found(name, Codec(artefact))
                 reasons.append(f"that of profile {name!r} is {artefact.digest[:8]}")
         except ComneckError as problem:
             if profile:

@@ -105,9 +105,15 @@ def select(options: AnswerEvaluation) -> list[Entry]:
 
 
 def fingerprint(options: AnswerEvaluation, pipeline: Pipeline) -> str:
-    """Names what the answers depend on: models, prompts, length."""
+    """Names what the answers depend on: models, quality, prompts, length."""
     models = pipeline.digests(pipeline.backend(""))
-    settings = (sorted(models.items()), options.caption_prompt, options.label_prompt, options.max_tokens)
+    settings = (
+        sorted(models.items()),
+        pipeline.profile.quality,
+        options.caption_prompt,
+        options.label_prompt,
+        options.max_tokens,
+    )
     return hashlib.sha256(repr(settings).encode()).hexdigest()[:12]
 
 

@@ -180,9 +180,21 @@ class Codec:
         (latents,) = self.decode_all([bitstream], max_pixels)
         return latents
 
-    @torch.inference_mode()
     def decode_all(self, bitstreams: Sequence[Bitstream], max_pixels: int = MAX_PIXELS) -> list[Latents]:
         """Several bitstreams of one size at once; as ``decode``."""
+        return self._read(bitstreams, max_pixels, lambda symbols, indexes, tables: None)
+
+    def information(self, bitstream: Bitstream, max_pixels: int = MAX_PIXELS) -> tuple[float, float]:
+        """Bits of z's and of y's symbols under their tables: the payload, to within a byte. As ``decode``."""
+        bits: list[float] = []
+        self._read([bitstream], max_pixels, lambda *coded: bits.append(coded[2].information(coded[0], coded[1])))
+        return bits[0], sum(bits[1:])
+
+    @torch.inference_mode()
+    def _read(
+        self, bitstreams: Sequence[Bitstream], max_pixels: int, watch: Callable[[Symbols, Symbols, Tables], object]
+    ) -> list[Latents]:
+        """Decodes; ``watch`` is shown every photo's symbols and their tables, pass by pass."""
         for bitstream in bitstreams:
             self._check(bitstream, max_pixels)
         height, width = bitstreams[0].height, bitstreams[0].width
@@ -196,6 +208,7 @@ class Codec:
             for i, (reader, under) in enumerate(zip(readers, _rows(indexes), strict=True)):
                 symbols[i] = reader.read(under, tables)
                 checks[i] = _crc(symbols[i], checks[i])
+                watch(symbols[i], under, tables)
             return torch.from_numpy(symbols).view(indexes.shape).to(self.device)
 
         z = torch.empty(len(readers), height // HYPER_STRIDE, width // HYPER_STRIDE, self.N, dtype=torch.int32)

@@ -19,7 +19,8 @@ from shared.errors import BadBitstream, BadInput
 
 TOTAL = 2**24  # of a table's frequencies
 LARGEST_SYMBOL = 2**15 - 1  # of an escaped symbol, either sign
-_ESCAPED = constriction.stream.model.Uniform(2 * LARGEST_SYMBOL + 2)
+_ESCAPED_BITS = 16
+_ESCAPED = constriction.stream.model.Uniform(2**_ESCAPED_BITS)
 _WORD = 4  # bytes
 
 Symbols = npt.NDArray[np.int32]
@@ -54,6 +55,14 @@ class Tables:
     def escapes(self) -> Symbols:
         """(T,) the entry of each table that announces an escaped symbol."""
         return (self.lengths - 1).astype(np.int32)
+
+    def information(self, symbols: Symbols, indexes: Symbols) -> float:
+        """Bits that ``symbols`` (n,) cost under tables ``indexes`` (n,)."""
+        entries = symbols - self.offsets[indexes]
+        escaped = (entries < 0) | (entries >= self.escapes[indexes])
+        starts = np.cumsum(self.lengths) - self.lengths
+        frequencies = self.frequencies[starts[indexes] + np.where(escaped, self.escapes[indexes], entries)]
+        return float(-np.log2(frequencies / TOTAL).sum() + _ESCAPED_BITS * escaped.sum())
 
     def split(self) -> list[npt.NDArray[np.int32]]:
         """The frequencies, a table at a time."""
