@@ -332,7 +332,8 @@ def divided(x: Tensor, by: Tensor) -> Tensor:
 
 def gelu(x: Tensor, bump: Tensor) -> Tensor:
     """int16 -> int16 in the same unit, the one that the table (n,) was made for."""
-    return (x.clamp(min=0) - bump[x.abs().clamp(max=len(bump) - 1).int()]).to(torch.int16)
+    x = x.int()
+    return (x.clamp(min=0) - bump[x.abs().clamp(max=len(bump) - 1)]).to(torch.int16)
 
 
 def windows(x: Tensor, side: int) -> Tensor:

@@ -9,6 +9,7 @@ A family is registered under a name in ``shared.codecs`` as a function from an a
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +62,7 @@ Ranges = Callable[[nn.Module], tuple[Tensor, Tensor]]
 """The least and the largest output of a module of the network to be expected, (C,) each."""
 
 
-class EntropyPath(nn.Module):
+class EntropyPath(nn.Module, ABC):
     """From z's symbols to y's tables and means, in integers. Buffers are all its state.
 
     Attributes:
@@ -70,6 +71,7 @@ class EntropyPath(nn.Module):
 
     medians: Tensor
 
+    @abstractmethod
     def derive(self, network: Any, medians: Tensor, ranges: Ranges) -> None:
         """Sets the integers from a trained network.
 
@@ -79,14 +81,13 @@ class EntropyPath(nn.Module):
         Raises:
             BadInput: weights that 8 and 32 bits cannot hold.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def walk(self, z: Tensor, code: ExactCode) -> Tensor:
         """z's symbols (B, h/4, w/4, N) int32 -> y_hat (B, h w, M) int32 in units of 1 / exact.ONE."""
-        raise NotImplementedError
 
 
-class Network(nn.Module):
+class Network(nn.Module, ABC):
     """A codec in floating point, without its probability model of z.
 
     pixels (B, 3, H, W) in 0..1 -> g_a -> y (B, M, H/16, W/16) -> h_a -> z (B, N, H/64, W/64);  H, W multiples of stride
@@ -106,14 +107,14 @@ class Network(nn.Module):
     h_a: nn.Module
     g_s: nn.Module
 
+    @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Its sizes, as JSON holds them: what the family's function is called with."""
-        raise NotImplementedError
 
+    @abstractmethod
     def walk(self, z_hat: Tensor, code: Code) -> Tensor:
         """Codes y pass by pass: z_hat (B, N, h/4, w/4) -> y_hat (B, M, h, w)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def entropy_path(self) -> EntropyPath:
         """Its integer form, of these sizes and still empty."""
-        raise NotImplementedError
