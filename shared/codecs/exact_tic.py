@@ -186,8 +186,8 @@ class ExactBlock(nn.Module):
 class ExactAttention(nn.Module):
     """tic.WindowAttention on integers, (B, h, w, C) int16 in units of 2^-NORMED -> int32 in the stream's unit."""
 
-    bias: Tensor  # (heads, T, T) int32, by query and key, half a step included, so that the shift rounds to nearest
-    shift: Tensor  # () int32, from products of queries and keys to scores
+    bias: Tensor  # (heads, T, T) int32, of each query and key
+    shift: Tensor  # () int32, from products and bias to scores; all are rounded down, and a softmax does not notice
     powers: Tensor  # (2^OCTAVE,) int32, HEAVIEST * 2^(-i / 2^OCTAVE)
 
     def __init__(self, width: int, heads: int, window: int, shift: int) -> None:
@@ -234,9 +234,8 @@ class ExactAttention(nn.Module):
         query = min(max(query, least / key), 2.0**-OCTAVE / key)
         units = torch.tensor([query, key, value], dtype=torch.float64)
         quantise_to(self.qkv, weight, bias, 2.0**-NORMED, units.repeat_interleave(C))
-        shift = round(-OCTAVE - math.log2(query * key))
-        self.shift.fill_(shift)
-        self.bias.copy_((position / (query * key)).round() + (1 << shift >> 1))
+        self.shift.fill_(round(-OCTAVE - math.log2(query * key)))
+        self.bias.copy_((position / (query * key)).round())
         self.powers.copy_((HEAVIEST * 2.0 ** (-torch.arange(2**OCTAVE).double() / 2**OCTAVE)).round())
         return Writer(self.proj, trained.proj.weight[:, None], trained.proj.bias, value)
 

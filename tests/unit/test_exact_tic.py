@@ -424,6 +424,10 @@ def random_path() -> ExactTic:
             module.bias.copy_(torch.randint(-(2**31), 2**31, module.bias.shape, generator=source))
             module.shift.copy_(torch.randint(0, 24, (), generator=source))
             module.powers.copy_(torch.randint(1, 2**16 + 1, module.powers.shape, generator=source))
+            module.powers[0] = 1
+        if isinstance(module, ExactGroup):
+            module.epsilon.fill_(2**31 - 1)
+            module.narrow.fill_(9)  # so that a convolution reads all of the stream
         if isinstance(module, ExactPerceptron):
             module.bump.copy_(torch.randint(0, LIMIT + 1, module.bump.shape, generator=source))
         if hasattr(module, "check"):
