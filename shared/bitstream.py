@@ -24,7 +24,7 @@ SUFFIX = ".cnk"
 VERSION = 1
 UNIT = 64
 MAX_SIDE = 255 * UNIT
-MAX_PIXELS = 2**22  # of the codec's input that a decoder agrees to, unless it is told otherwise
+MAX_PIXELS = 2**21  # of input that a decoder agrees to, unless told otherwise: full HD fits
 QUALITIES = range(1, 16)
 
 Scenario = Literal["d1", "d2", "d3"]
