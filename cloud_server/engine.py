@@ -49,7 +49,7 @@ class Engine:
         get_profile(settings.profile)  # a wrong name is told before seconds of imports
         from cloud_server.pipeline import Pipeline
 
-        return cls(Pipeline.load(settings.profile, settings.device, settings.threads), settings)
+        return cls(Pipeline.load(settings.profile, settings.device, settings.threads, settings.cache_photos), settings)
 
     def server_profile(self) -> ServerProfile:
         """What a client must know to encode for this server."""
@@ -96,15 +96,30 @@ class Engine:
 
     def _check(self, conversation: Conversation) -> None:
         settings, images = self._settings, len(conversation.images)
-        if not conversation.prompt:
-            raise BadInput('the prompt is empty: say what you want to know, "describe this" for instance')
-        if conversation.backend and conversation.backend not in self._pipeline.backends:
-            raise UnknownName(
-                f"no backend named {conversation.backend!r} here; there are: {', '.join(self._pipeline.backends)}"
-            )
-        limit = min(settings.max_images, self._pipeline.backend(conversation.backend).max_images)
+        backends = self._profile.backends
+        if conversation.backend and conversation.backend not in backends:
+            raise UnknownName(f"no backend named {conversation.backend!r} here; there are: {', '.join(backends)}")
+        name = conversation.backend or next(iter(backends))
+        backend = self._pipeline.backends[name]
+        limit = min(settings.max_images, backend.max_images)
         if images > limit:
-            raise BadInput(f"{images} photos in one conversation; this backend takes at most {limit}")
+            raise BadInput(f"{images} photos in one conversation; backend {name!r} takes at most {limit} here")
+        task = conversation.task or backend.tasks[0]
+        if task not in backend.tasks:
+            able = [other for other, tasks in backends.items() if task in tasks]
+            raise BadInput(
+                f"backend {name!r} answers with {' or '.join(backend.tasks)}, not with {task}: "
+                + (f"ask {' or '.join(able)}" if able else "no backend here does")
+            )
+        if task in ("choice", "box") and images != 1:
+            raise BadInput(f"{images} photos; an answer that is a {task} is about one")
+        if task == "choice" and len(set(conversation.choices)) < max(2, len(conversation.choices)):
+            raise BadInput("there must be two or more choices, each another")
+        if task != "choice" and conversation.choices:
+            raise BadInput(f"there are choices, but the answer is to be a {task}: say task choice")
+        if any(not choice.strip() for choice in conversation.choices):
+            raise BadInput("a choice is empty")
+        backend.check(conversation)
         generation = conversation.generation
         if not 1 <= generation.max_tokens <= settings.max_tokens:
             raise BadInput(f"max_tokens {generation.max_tokens} is outside 1 to {settings.max_tokens}")
@@ -145,7 +160,7 @@ def _server_profile(pipeline: Pipeline, settings: ServerSettings) -> ServerProfi
         qualities={quality: entrance.codec.digest_bytes.hex() for quality, entrance in served.items()},
         scenario=profile.scenario,
         quality=min(served, key=lambda quality: abs(quality - profile.quality)),  # its own, unless that is left out
-        backends=tuple(pipeline.backends),
+        backends={name: backend.tasks for name, backend in pipeline.backends.items()},
         max_request_bytes=settings.max_request_bytes,
         max_images=settings.max_images,
         max_tokens=settings.max_tokens,

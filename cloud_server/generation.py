@@ -1,66 +1,18 @@
-"""Writing an answer token by token with a key-value cache, for a batch that shares one prompt."""
+"""Choosing tokens, and turning them into text as they come."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from cloud_server.backends import Piece
+from cloud_server.backends.tokenizer import Tokenizer
 from shared.conversation import Generation
-from shared.errors import PromptTooLong
 
 Finish = Literal["stop", "length"]
-
-
-def write(
-    step: Callable[[Tensor, DynamicCache], Tensor],
-    prompt: Tensor,
-    batch: int,
-    generation: Generation,
-    tokenizer: Any,
-    context: int,
-) -> Iterator[Piece]:
-    """Yields one piece per token, until every answer of the batch has ended.
-
-    Args:
-        step: tokens (B, T) and the cache -> logits of the next token (B, vocabulary).
-        prompt: (T,) tokens, the same for the whole batch.
-        batch: B, answers to write.
-        context: tokens that the model can hold.
-
-    Raises:
-        PromptTooLong: prompt and ``max_tokens`` exceed ``context``.
-    """
-    if len(prompt) + generation.max_tokens > context:
-        raise PromptTooLong(
-            f"the prompt has {len(prompt)} tokens and the answer may have {generation.max_tokens}, which exceeds the "
-            f"language model's context of {context}: shorten the prompt or lower max_tokens"
-        )
-    cache = DynamicCache()
-    random = torch.Generator().manual_seed(generation.seed)
-    texts = [TextStream(tokenizer) for _ in range(batch)]
-    ended: list[Finish | None] = [None] * batch
-    tokens = prompt.expand(batch, -1)
-    for count in range(1, generation.max_tokens + 1):
-        chosen = choose(step(tokens, cache), generation, random)
-        pieces = []
-        for i, token in enumerate(chosen.tolist()):
-            if ended[i] is None and token == tokenizer.eos_token_id:
-                ended[i] = "stop"
-                pieces.append(texts[i].end())
-            elif ended[i] is None and count == generation.max_tokens:
-                ended[i] = "length"
-                pieces.append(texts[i].add(token) + texts[i].end())
-            else:
-                pieces.append("" if ended[i] else texts[i].add(token))
-        yield Piece(tuple(pieces), tuple(ended))
-        if all(ended):
-            return
-        tokens = chosen[:, None].to(prompt.device)
 
 
 def choose(logits: Tensor, generation: Generation, random: torch.Generator) -> Tensor:
@@ -87,7 +39,7 @@ def nucleus_probabilities(logits: Tensor, temperature: float, top_p: float) -> T
 class TextStream:
     """Turns tokens into text as they come, holding back bytes that are not yet a whole character."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._tokens: list[int] = []
         self._sent = 0
@@ -101,8 +53,7 @@ class TextStream:
         return self._send(self._text())
 
     def _text(self) -> str:
-        text: str = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
-        return text
+        return self._tokenizer.decode(self._tokens)
 
     def _send(self, text: str) -> str:
         piece, self._sent = text[self._sent :], max(self._sent, len(text))

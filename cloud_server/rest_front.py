@@ -27,11 +27,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cloud_server.fronts import GRACE, Answering, foreseen, listener
 from cloud_server.settings import ServerSettings
 from shared.bitstream import Bitstream
-from shared.conversation import Answer, Conversation, Generation, ServerProfile
+from shared.conversation import Answer, Box, Conversation, Generation, ServerProfile, Task
 from shared.errors import BadInput, ComneckError, ServerFailed, TooLarge, all_errors
 
 PROBLEM_TYPE = "application/problem+json"
 EVENTS_TYPE = "text/event-stream"
+
+WHO = "Who is to answer; the server's default where left out."
+WHAT = "What kind of answer is wanted; what the backend is made for where left out."
+STREAM = "Answer as server-sent events."
 
 
 class RestFront:
@@ -122,17 +126,25 @@ class AnswerRequest(_Closed):
         }
     )
     parts: list[TextPart | BitstreamPart] = Field(min_length=1)
-    backend: str = Field(default="", description="Who is to answer; the server's default where left out.")
+    backend: str = Field(default="", description=WHO)
+    task: Task | None = Field(
+        default=None,
+        description=f"{WHAT} For `label`, parts are examples, each a bitstream and "
+        "then its label, and last the bitstream to be labelled.",
+    )
+    choices: list[str] = Field(default=[], description="For the task `choice`, what may be chosen.")
     generation: GenerationOptions = GenerationOptions()
-    stream: bool = Field(default=False, description="Answer as server-sent events.")
+    stream: bool = Field(default=False, description=STREAM)
 
 
 class RawOptions(GenerationOptions):
     """What goes beside one bitstream, in the query."""
 
     prompt: str = Field(description="What to say about the photo.", examples=["describe this"])
-    backend: str = Field(default="", description="Who is to answer; the server's default where left out.")
-    stream: bool = Field(default=False, description="Answer as server-sent events.")
+    backend: str = Field(default="", description=WHO)
+    task: Task | None = Field(default=None, description=WHAT)
+    choices: list[str] = Field(default=[], description="For the task `choice`, what may be chosen; repeat it.")
+    stream: bool = Field(default=False, description=STREAM)
 
 
 class TimingsBody(BaseModel):
@@ -154,6 +166,11 @@ class AnswerBody(BaseModel):
     profile: str
     timings_ms: TimingsBody
     model_digests: dict[str, str] = Field(description="SHA-256 of each model that took part, by role.")
+    task: Task = Field(description="What kind of answer it is.")
+    choice: int | None = Field(description="Of the task `choice`, which one, from 0; null where the text names none.")
+    box: Box | None = Field(
+        description="Of the task `box`, in pixels of the upright original photo; null where the text has none."
+    )
 
     @classmethod
     def of(cls, answer: Answer) -> AnswerBody:
@@ -165,6 +182,9 @@ class AnswerBody(BaseModel):
             profile=answer.profile,
             timings_ms=TimingsBody(**asdict(answer.timings)),
             model_digests=answer.digests,
+            task=answer.task,
+            choice=answer.choice,
+            box=answer.box,
         )
 
 
@@ -215,7 +235,7 @@ def build_app(engine: Answering, max_request_bytes: int) -> FastAPI:
     @app.post("/v1/answer", summary="Answers a conversation", response_model=AnswerBody, responses=_responses())
     async def post_answer(request: Request, body: AnswerRequest) -> Response:
         parts = tuple(p.text if isinstance(p, TextPart) else Bitstream.parse(p.bitstream) for p in body.parts)
-        conversation = Conversation(parts, body.backend, body.generation.generation())
+        conversation = Conversation(parts, body.backend, body.generation.generation(), body.task, tuple(body.choices))
         return await _respond(engine, request, conversation, body.stream)
 
     @app.post(
@@ -230,7 +250,7 @@ def build_app(engine: Answering, max_request_bytes: int) -> FastAPI:
         bitstream: Annotated[bytes, Body(media_type="application/octet-stream", description="One bitstream.")],
     ) -> Response:
         parts = (Bitstream.parse(bitstream), options.prompt)
-        conversation = Conversation(parts, options.backend, options.generation())
+        conversation = Conversation(parts, options.backend, options.generation(), options.task, tuple(options.choices))
         return await _respond(engine, request, conversation, options.stream)
 
     return app

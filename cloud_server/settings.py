@@ -21,6 +21,7 @@ class ServerSettings:
     max_request_bytes: int = option("largest request; one photo and its question take about 1,000 bytes", 65536)
     max_images: int = option("most photos in one request", 8)
     max_tokens: int = option("most tokens that a request may ask for", 256)
+    cache_photos: int = option("photos of which it is kept what CLIP has seen, for further questions; 2 MB each", 64)
     threads: int = option("CPU threads of the models; 0 takes all", 0)
     device: str = option("where the models run, as PyTorch names it: cpu, cuda, cuda:1", "cpu")
 
@@ -31,5 +32,6 @@ class ServerSettings:
         for name in ("max_request_bytes", "max_images", "max_tokens"):
             if getattr(self, name) < 1:
                 raise BadInput(f"{name} is {getattr(self, name)}; it must be 1 or more")
-        if self.threads < 0:
-            raise BadInput(f"threads is {self.threads}; it must be 0 or more")
+        for name in ("cache_photos", "threads"):
+            if getattr(self, name) < 0:
+                raise BadInput(f"{name} is {getattr(self, name)}; it must be 0 or more")

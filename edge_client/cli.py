@@ -82,6 +82,7 @@ def _add_encode(commands: Any) -> None:
     encode.add_argument(
         "--profile", metavar="NAME", default=DEFAULT_PROFILE, help="of the server it is for (default: %(default)s)"
     )
+    encode.add_argument("--backend", metavar="NAME", default="", help="that it is for (default: the profile's first)")
     _add_quality(encode, "the profile's own")
     encode.set_defaults(run=_encode)
 
@@ -173,7 +174,7 @@ def _encode(arguments: argparse.Namespace) -> None:
     from shared.files import write_file
 
     encoder = Encoder(arguments.profile)
-    photo = encoder.prepare(arguments.image)
+    photo = encoder.prepare(arguments.image, arguments.backend)
     bitstream = encoder.encode(photo, arguments.quality, arguments.max_bytes)
     write_file(arguments.out, bytes(bitstream), arguments.image)
     figures = _figures(len(bitstream), bitstream.bpp, (bitstream.quality,), jpeg_size(photo))

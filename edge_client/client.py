@@ -22,7 +22,7 @@ import grpc
 from edge_client.encoder import Encoder, jpeg_size
 from edge_client.stored import is_stored, read_bitstream
 from shared.bitstream import Bitstream
-from shared.conversation import Answer, Conversation, Generation, ServerProfile
+from shared.conversation import Answer, Conversation, Generation, ServerProfile, Task
 from shared.errors import BadInput, ProfileMismatch, ServerFailed, TooLarge
 from shared.images import Photo
 from shared.wire import GRPC_PORT, convert
@@ -74,12 +74,16 @@ class Options(TypedDict, total=False):
         generation: how the answer is written.
         quality: that photos are encoded at, 1 to 15; the server's default where left out.
         max_bytes: of each bitstream; the best quality that fits is taken, up to ``quality`` if that is given.
+        task: what kind of answer is wanted; what the backend is made for where left out.
+        choices: for the task ``choice``, what may be chosen.
     """
 
     backend: str
     generation: Generation
     quality: int | None
     max_bytes: int | None
+    task: Task | None
+    choices: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -213,7 +217,7 @@ class _Session:
                 elif is_stored(source):
                     bitstreams.append(read_bitstream(source))
                 elif encoder:
-                    photos.append(encoder.prepare(source))
+                    photos.append(encoder.prepare(source, options.get("backend", "")))
                     bitstreams.append(encoder.encode(photos[-1], options.get("quality"), options.get("max_bytes")))
             encoded = perf_counter()
             self._check(server, bitstreams)
@@ -224,6 +228,8 @@ class _Session:
             parts=(*bitstreams, prompt),
             backend=options.get("backend", ""),
             generation=options.get("generation", Generation()),
+            task=options.get("task"),
+            choices=tuple(options.get("choices", ())),
         )
         request = pb.AnswerRequest(conversation=convert.conversation_to_wire(conversation))
         if request.ByteSize() > server.max_request_bytes:

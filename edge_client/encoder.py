@@ -87,27 +87,32 @@ class Encoder:
         """Loads the codec that ``encode`` tries first with these arguments; raises what ``encode`` raises."""
         next(self._tries(quality, max_bytes))
 
-    def prepare(self, source: str | Path | bytes | Photo) -> Photo:
-        """The codec's input. Raises what ``load_photo`` raises."""
+    def prepare(self, source: str | Path | bytes | Photo, backend: str = "") -> Photo:
+        """The codec's input, for the backend of that name or the default. Raises what ``load_photo`` raises."""
         if not isinstance(source, Photo):
             source = load_photo(Path(source) if isinstance(source, str) else source)
-        return prepare(source, self.profile.preparation)
+        return prepare(source, self.profile.preparation_for(backend))
 
     def encode(
-        self, source: str | Path | bytes | Photo, quality: int | None = None, max_bytes: int | None = None
+        self,
+        source: str | Path | bytes | Photo,
+        quality: int | None = None,
+        max_bytes: int | None = None,
+        backend: str = "",
     ) -> Bitstream:
         """Prepares, then encodes. A photo that is prepared stays as it is.
 
         Args:
             quality: the rate point; the server's or the profile's own where left out.
             max_bytes: of the whole bitstream: the best quality that fits is taken, up to ``quality`` if that is given.
+            backend: that it is for; the default where left out.
 
         Raises:
             BadInput: a quality that there is not.
             TooLarge: no quality fits; the message names the smallest bitstream that there can be.
             UnknownName, WeightsUnavailable, ProfileMismatch: as ``codec``.
         """
-        photo = self.prepare(source)
+        photo = self.prepare(source, backend)
         latents: dict[Codec, Tensor] = {}
         smallest: Bitstream | None = None
         for tried, codec in self._tries(quality, max_bytes):

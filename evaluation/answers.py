@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 from tqdm import tqdm
 
-from cloud_server.backends import Backend
+from cloud_server.backends import Backend, Question
 from cloud_server.generation import whole
 from cloud_server.pipeline import Pipeline
-from cloud_server.vision.clip import VisionFeatures
 from evaluation.metrics import cider, interval, kept_interval, names
 from shared.conversation import Generation
 from shared.errors import BadInput
@@ -124,16 +124,17 @@ def measure(pipeline: Pipeline, options: AnswerEvaluation, chunk: list[Entry], p
     codec, quality = pipeline.codec(profile.quality), profile.quality
     bitstreams = [codec.encode(photo, profile.scenario, quality) for photo in photos]
     seen = pipeline.look_at_pixels(photos, backend.needs)
-    received = pipeline.look(pipeline.enter(bitstreams), backend.needs)
-    said = [_answers(backend, features, prompt, options.max_tokens) for features in (seen, received)]
+    received = pipeline.look(pipeline.sights(bitstreams), backend.needs)
+    said = [_answers(backend, photos, prompt, options.max_tokens) for photos in (seen, received)]
     return [
         Row(key, _key(options, entry), plain, coded, len(bitstream), bitstream.bpp)
         for entry, plain, coded, bitstream in zip(chunk, *said, bitstreams, strict=True)
     ]
 
 
-def _answers(backend: Backend, features: VisionFeatures, prompt: str, max_tokens: int) -> list[str]:
-    texts, _ = whole(backend.write(features, prompt, Generation(max_tokens=max_tokens)))
+def _answers(backend: Backend, photos: list[Tensor], prompt: str, max_tokens: int) -> list[str]:
+    questions = [Question((photo, prompt)) for photo in photos]
+    texts, _ = whole(backend.write(questions, Generation(max_tokens=max_tokens)))
     return [text.strip() for text in texts]
 
 

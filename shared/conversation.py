@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
 from shared.bitstream import Bitstream
 
 Part = str | Bitstream
+Task = Literal["text", "choice", "box", "label"]
+"""What kind of answer is wanted: free text, one of the choices given, a box in the photo, a label as in examples."""
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle in pixels of the user's own upright photo, from (left, top) to (right, bottom)."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
 
 
 @dataclass(frozen=True)
@@ -35,11 +48,17 @@ class Conversation:
         parts: text or bitstreams.
         backend: name of the backend that is to answer; empty for the server's default.
         generation: how the answer is written.
+        task: what kind of answer is wanted; None for what the backend is made for.
+        choices: for the task ``choice``, what may be chosen.
+
+    For the task ``label``, parts are examples, each a photo and then its label, and last the photo to be labelled.
     """
 
     parts: tuple[Part, ...]
     backend: str = ""
     generation: Generation = field(default_factory=Generation)
+    task: Task | None = None
+    choices: tuple[str, ...] = ()
 
     @property
     def images(self) -> tuple[Bitstream, ...]:
@@ -48,7 +67,12 @@ class Conversation:
     @property
     def prompt(self) -> str:
         """The text parts, in order, a line each."""
-        return "\n".join(part for part in self.parts if isinstance(part, str)).strip()
+        return join_texts(self.parts)
+
+
+def join_texts(parts: Iterable[object]) -> str:
+    """Those of the parts that are text, a line each."""
+    return "\n".join(part for part in parts if isinstance(part, str)).strip()
 
 
 @dataclass(frozen=True)
@@ -74,6 +98,9 @@ class Answer:
 
     Attributes:
         text: what the backend said.
+        task: what kind of answer it is.
+        choice: of the task ``choice``, which one, from 0; None where the text names none.
+        box: of the task ``box``; None where the text has none.
         finish: ``stop`` where the model ended by itself, ``length`` where ``max_tokens`` ended it.
         tokens: how many it wrote.
         backend, profile: who answered.
@@ -89,6 +116,9 @@ class Answer:
     profile: str
     timings: Timings
     digests: dict[str, str]
+    task: Task = "text"
+    choice: int | None = None
+    box: Box | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +130,7 @@ class ServerProfile:
         qualities: that the server decodes, ascending; of each, hex of the 4 bytes that name its codec in a bitstream.
         scenario: that the server's necks were trained for.
         quality: that the server would have where nobody asks for another; one of ``qualities``.
-        backends: names, the default first.
+        backends: what kinds of answer each gives, by its name; the default first, of both.
         max_request_bytes, max_images, max_tokens: limits of one request.
         version: of the server's software.
     """
@@ -109,7 +139,7 @@ class ServerProfile:
     qualities: dict[int, str]
     scenario: str
     quality: int
-    backends: tuple[str, ...]
+    backends: dict[str, tuple[Task, ...]]
     max_request_bytes: int
     max_images: int
     max_tokens: int

@@ -57,9 +57,9 @@ class Preparation:
     Attributes:
         height: rows of the codec's input.
         width: columns of it.
-        fit: ``crop`` scales the shorter side and cuts the middle out (captioning, few-shot), ``pad`` scales the longer
-            side and fills up with white (Shikra, whose boxes a crop would break), ``squash`` ignores the aspect
-            (Honeybee).
+        fit: ``crop`` scales the shorter side and cuts the middle out (captioning, few-shot), ``pad`` fills the shorter
+            side up with white and scales the whole (Shikra, whose boxes a crop would break), ``squash`` ignores the
+            aspect (Honeybee).
         resample: bicubic for all but few-shot classification, which is bilinear.
     """
 
@@ -134,18 +134,66 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.rint((values - low) * (255.0 / max(high - low, 1e-12))).astype(np.uint8))
 
 
+@dataclass(frozen=True)
+class Placement:
+    """Where a photo lies in what is prepared of it: prepared x = photo's x * scale - offset, in pixels; y likewise.
+
+    Attributes:
+        scale, offset: (horizontal, vertical).
+    """
+
+    scale: tuple[float, float]
+    offset: tuple[float, float]
+
+    @classmethod
+    def of(cls, size: tuple[int, int], preparation: Preparation) -> Placement:
+        """That of a photo of ``size`` (width, height)."""
+        target = (preparation.width, preparation.height)
+        if preparation.fit == "crop":
+            scaled, corner = _crop(size, target)
+            return cls((scaled[0] / size[0], scaled[1] / size[1]), corner)
+        if preparation.fit == "pad":
+            canvas, corner = _canvas(size, target)
+            scale = (target[0] / canvas[0], target[1] / canvas[1])
+            return cls(scale, (-corner[0] * scale[0], -corner[1] * scale[1]))
+        return cls((target[0] / size[0], target[1] / size[1]), (0.0, 0.0))
+
+    def to_photo(self, x: float, y: float) -> tuple[float, float]:
+        """A point of the prepared picture in the photo."""
+        return (x + self.offset[0]) / self.scale[0], (y + self.offset[1]) / self.scale[1]
+
+    def to_prepared(self, x: float, y: float) -> tuple[float, float]:
+        """A point of the photo in the prepared picture."""
+        return x * self.scale[0] - self.offset[0], y * self.scale[1] - self.offset[1]
+
+
 def prepare(photo: Photo, preparation: Preparation) -> Photo:
     """Scales a photo to the codec's input size, (preparation.height, preparation.width)."""
     resample = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}[preparation.resample]
     image = Image.fromarray(photo.pixels)
-    size = (preparation.width, preparation.height)
+    target = (preparation.width, preparation.height)
     if preparation.fit == "crop":
-        scale = max(size[0] / image.width, size[1] / image.height)
-        scaled = (max(size[0], round(image.width * scale)), max(size[1], round(image.height * scale)))
-        left, top = round((scaled[0] - size[0]) / 2), round((scaled[1] - size[1]) / 2)
-        image = image.resize(scaled, resample).crop((left, top, left + size[0], top + size[1]))
-    elif preparation.fit == "pad":
-        image = ImageOps.pad(image, size, resample, color="white")
+        scaled, (left, top) = _crop(image.size, target)
+        image = image.resize(scaled, resample).crop((left, top, left + target[0], top + target[1]))
     else:
-        image = image.resize(size, resample)
+        if preparation.fit == "pad":
+            size, corner = _canvas(image.size, target)
+            canvas = Image.new("RGB", size, "white")
+            canvas.paste(image, corner)
+            image = canvas
+        image = image.resize(target, resample)
     return Photo(np.array(image), photo.original_size)  # a copy: PyTorch wants arrays that it may write to
+
+
+def _crop(size: tuple[int, int], target: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The size that a picture is scaled to, and the corner (left, top) of what is cut out of it."""
+    scale = max(target[0] / size[0], target[1] / size[1])
+    scaled = (max(target[0], round(size[0] * scale)), max(target[1], round(size[1] * scale)))
+    return scaled, (round((scaled[0] - target[0]) / 2), round((scaled[1] - target[1]) / 2))
+
+
+def _canvas(size: tuple[int, int], target: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The size of a canvas of the target's aspect that holds a picture, and the corner that it is laid at (Shikra)."""
+    width = max(size[0], round(size[1] * target[0] / target[1]))
+    height = max(size[1], round(size[0] * target[1] / target[0]))
+    return (width, height), ((width - size[0]) // 2, (height - size[1]) // 2)

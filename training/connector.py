@@ -6,20 +6,20 @@ loss = cross-entropy of the answer's tokens, the language model frozen
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from cloud_server.backends import gated_attention
 from cloud_server.backends.llama_adapter import Connector
-from cloud_server.backends.prompts import prompt_format
+from cloud_server.backends.prompts import Format, prompt_format
+from cloud_server.backends.tokenizer import Tokenizer, load_tokenizer
 from cloud_server.vision.clip import ClipTower
 from shared.options import option
 from shared.profiles import get_profile
@@ -74,7 +74,7 @@ def run(options: ConnectorTraining) -> None:
     pixels = pixel_cache(entries, profile.preparation, options.cache)
     last = teacher_features(tower, pixels, profile.clip.weights, options.cache).last
     folder = ensure(backend.llm)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     llm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation=gated_attention.NAME)
     llm.eval().requires_grad_(False)
     torch.manual_seed(options.seed)
@@ -96,7 +96,7 @@ def run(options: ConnectorTraining) -> None:
         [{"params": others, "lr": options.rate}, {"params": gates, "lr": options.gate_rate}], weight_decay=0.02
     )
     source = SampleSource(entries)
-    text = prompt_format(backend.prompt)
+    format = prompt_format(backend.prompt)
 
     def batches(step: int) -> Iterator[Exchanges]:
         while True:
@@ -104,7 +104,7 @@ def run(options: ConnectorTraining) -> None:
             photos = [sample.photo for sample in samples[:: options.per_photo]]
             with torch.inference_mode():
                 features = tower.project(torch.from_numpy(np.stack([last[i] for i in photos])).float())
-            yield Exchanges(features.clone(), *tokenise(samples, tokenizer, text, options.answer_tokens))
+            yield Exchanges(features.clone(), *tokenise(samples, tokenizer, format, options.answer_tokens))
             step += 1
 
     def losses(batch: Exchanges, step: int) -> Losses:
@@ -142,17 +142,15 @@ def start_from_features(connector: Connector, tower: ClipTower, last: Half, phot
     nn.init.constant_(connector.visual_proj_norm.weight, 0.3)
 
 
-def tokenise(
-    samples: list[Sample], tokenizer: Any, text: Callable[[str], str], answer_tokens: int
-) -> tuple[Tensor, Tensor]:
+def tokenise(samples: list[Sample], tokenizer: Tokenizer, format: Format, answer_tokens: int) -> tuple[Tensor, Tensor]:
     """Exchanges -> tokens and targets, (samples, T) each, padded on the right, where causal attention ignores it."""
     rows = []
     for sample in samples:
-        prompt = tokenizer(text(sample.prompt), add_special_tokens=False).input_ids
-        answer = [*tokenizer(sample.answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id][:answer_tokens]
+        prompt = format(tokenizer, sample.prompt)
+        answer = [*tokenizer.encode(sample.answer), tokenizer.eos][:answer_tokens]
         rows.append((prompt + answer[:-1], [-100] * (len(prompt) - 1) + answer))
     longest = max(len(tokens) for tokens, _ in rows)
-    tokens = torch.full((len(rows), longest), tokenizer.eos_token_id)
+    tokens = torch.full((len(rows), longest), tokenizer.eos)
     targets = torch.full((len(rows), longest), -100)
     for i, (row, wanted) in enumerate(rows):
         tokens[i, : len(row)] = torch.tensor(row)

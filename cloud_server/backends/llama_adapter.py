@@ -7,20 +7,18 @@ layer i of the last L: adapter_i = query_i + visual tokens -> its own keys and v
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
-from transformers.utils.logging import disable_progress_bar
 
-from cloud_server.backends import Backend, Piece
-from cloud_server.backends.gated_attention import NAME, LayerAdapter, project_adapter
+from cloud_server.backends import Backend, Piece, Question
+from cloud_server.backends.gated_attention import LayerAdapter, project_adapter
+from cloud_server.backends.language_model import LanguageModel
 from cloud_server.backends.prompts import prompt_format
-from cloud_server.generation import write
-from cloud_server.vision.clip import VisionFeatures, VisionNeeds
+from cloud_server.vision.clip import VisionNeeds
 from shared.conversation import Generation
 from shared.profiles import BackendSpec, Profile
 from shared.weights.digest import load_tensors, read_metadata
@@ -102,10 +100,9 @@ class LlamaAdapter(Backend):
 
     needs = VisionNeeds(project=True)
 
-    def __init__(self, connector: Connector, llm: Any, tokenizer: Any, prompt: str, digests: dict[str, str]) -> None:
+    def __init__(self, connector: Connector, llm: LanguageModel, prompt: str, digests: dict[str, str]) -> None:
         self.connector = connector
         self.llm = llm
-        self.tokenizer = tokenizer
         self.format = prompt_format(prompt)
         self.digests = digests
 
@@ -114,38 +111,20 @@ class LlamaAdapter(Backend):
         path = ensure(spec.connector)
         connector = Connector(**json.loads(read_metadata(path)["config"]))
         connector.load_state_dict({name: value.float() for name, value in load_tensors(path).items()})
-        disable_progress_bar()  # of a second's loading
-        folder = ensure(spec.llm)
-        llm = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32 if device.type == "cpu" else torch.float16, attn_implementation=NAME
-        )
+        llm = LanguageModel.load(ensure(spec.llm), device)
         return cls(
-            connector.eval().requires_grad_(False).to(device, llm.dtype),
-            llm.eval().requires_grad_(False).to(device),
-            AutoTokenizer.from_pretrained(folder),
+            connector.eval().requires_grad_(False).to(device, llm.model.dtype),
+            llm,
             spec.prompt,
             {"llm": digest_of(spec.llm), "connector": digest_of(spec.connector)},
         )
 
-    def write(self, features: VisionFeatures | None, prompt: str, generation: Generation) -> Iterator[Piece]:
-        device = self.llm.device
+    def write(self, questions: Sequence[Question], generation: Generation) -> Iterator[Piece]:
+        """All questions are about a photo each, or all about none."""
         adapters = None
-        batch = 1
-        if features is not None:
-            batch = len(features.tokens)
+        if photos := [photo for question in questions for photo in question.photos]:
             with torch.inference_mode():
-                adapters = self.connector.adapters(
-                    self.connector(features.tokens.to(self.llm.dtype)), self.llm.model.layers
-                )
-        text = self.tokenizer(self.format(prompt), add_special_tokens=False, return_tensors="pt").input_ids[0]
-
-        def step(tokens: Tensor, cache: DynamicCache) -> Tensor:
-            with torch.inference_mode():
-                hidden = self.llm.model(
-                    tokens, past_key_values=cache, use_cache=True, adapters=adapters
-                ).last_hidden_state
-                return self.llm.lm_head(hidden[:, -1])
-
-        yield from write(
-            step, text.to(device), batch, generation, self.tokenizer, self.llm.config.max_position_embeddings
-        )
+                tokens = self.connector(torch.stack(photos).to(self.llm.model.dtype))
+                adapters = self.connector.adapters(tokens, self.llm.model.model.layers)
+        prompts = [self.llm.embed(self.format(self.llm.tokenizer, question.prompt)) for question in questions]
+        yield from self.llm.write(prompts, generation, adapters=adapters)

@@ -6,6 +6,7 @@ the paper: the neck replaces the embedding and blocks 0 and 1, its tokens enter 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,11 +38,9 @@ class VisionNeeds:
     ln_post_times: int = 1
 
 
-@dataclass(frozen=True)
-class VisionFeatures:
-    """CLIP's view of a batch of photos: tokens (B, 1 + patches, D or projection), CLS first."""
-
-    tokens: Tensor
+Sight = dict[int, Tensor]
+"""What is known of a photo: tokens (1 + patches, D), CLS first, by the block that they leave; -1 for those that enter
+block 0."""
 
 
 class ClipTower(nn.Module):
@@ -100,11 +99,27 @@ class ClipTower(nn.Module):
             tokens = self.visual.ln_post(tokens)
         return tokens @ self.visual.proj
 
-    def features(self, tokens: Tensor, needs: VisionNeeds, first: int | None = None) -> VisionFeatures:
-        """From the tokens that enter block ``first`` (default: the neck's) to what a backend reads."""
-        first = self.spec.entry_block if first is None else first
-        tokens = self.blocks(tokens, first, needs.last_block % self.spec.layers)
-        return VisionFeatures(self.project(tokens, needs.ln_post_times) if needs.project else tokens)
+    def see(self, sights: Sequence[Sight], last_block: int, stops: Iterable[int] = ()) -> None:
+        """Runs the blocks up to ``last_block`` of every photo from where it has come to, photos of one place at once.
+
+        What leaves ``last_block`` and, on the way, ``stops`` is added to the sights.
+        """
+        last, known = last_block % self.spec.layers, {stop % self.spec.layers for stop in stops}
+        groups: dict[int, list[Sight]] = {}
+        for sight in sights:
+            if last not in sight:
+                groups.setdefault(max(block for block in sight if block < last), []).append(sight)
+        for reached, group in groups.items():
+            tokens = torch.stack([sight[reached] for sight in group])
+            for stop in sorted({last, *(stop for stop in known if reached < stop < last)}):
+                tokens, reached = self.blocks(tokens, reached + 1, stop), stop
+                for sight, own in zip(group, tokens, strict=True):
+                    sight[stop] = own
+
+    def read(self, sight: Sight, needs: VisionNeeds) -> Tensor:
+        """What a backend reads of a photo that was seen, (1 + patches, D or projection), CLS first."""
+        tokens = sight[needs.last_block % self.spec.layers]
+        return self.project(tokens, needs.ln_post_times) if needs.project else tokens
 
 
 def _run(block: ResidualAttentionBlock, tokens: Tensor) -> Tensor:

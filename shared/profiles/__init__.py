@@ -7,7 +7,8 @@ Our own lie beside this module, a user's in COMNECK_HOME/profiles; other package
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -71,14 +72,23 @@ class BackendSpec:
 
     Attributes:
         name: registered name of the backend.
-        llm, connector: artefacts' names.
-        prompt: how a conversation becomes the model's text: ``chatml`` or ``plain``.
+        llm, connector: artefacts' names; no connector where the language model's artefact holds it.
+        prompt: how a conversation becomes the model's text; which there are, the backend knows.
+        preparation: how a photo becomes the codec's input, where it is not the profile's way.
+        options: whatever else the backend takes, by name.
     """
 
     name: str
     llm: str
-    connector: str
+    connector: str = ""
     prompt: str = "plain"
+    preparation: Preparation | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def artefacts(self) -> list[str]:
+        """Names of what it needs."""
+        return [name for name in (self.llm, self.connector) if name]
 
 
 @dataclass(frozen=True)
@@ -88,7 +98,7 @@ class Profile:
     Attributes:
         scenario: how codec and neck were trained (ComNeck, Table 1).
         quality: that photos are encoded at where nobody asks for another.
-        preparation: how a photo becomes the codec's input.
+        preparation: how a photo becomes the codec's input, unless a backend wants another way.
         neck: artefact's name, as in CodecSpec.
         backends: the default first.
     """
@@ -111,6 +121,17 @@ class Profile:
             raise ValueError(f"quality is {self.quality}, which is none of codec.qualities")
         if self.scenario not in get_args(Scenario):
             raise ValueError(f"scenario is {self.scenario!r}, which is none of {', '.join(get_args(Scenario))}")
+        if len({(each.height, each.width) for each in map(self.preparation_for, self.backend_names())}) > 1:
+            raise ValueError("its backends want photos of different sizes; a neck takes one size")
+
+    def backend_names(self) -> list[str]:
+        """The default first."""
+        return [backend.name for backend in self.backends]
+
+    def preparation_for(self, backend: str = "") -> Preparation:
+        """How a photo is prepared for the backend of that name, or for the default."""
+        own = (spec.preparation for spec in self.backends if spec.name == (backend or self.backends[0].name))
+        return next(own, None) or self.preparation
 
     def codec_weights(self, quality: int) -> str:
         """Name of the codec's artefact for a quality. Raises BadInput where there is no such quality."""
@@ -127,7 +148,7 @@ class Profile:
     def server_artefacts(self) -> list[str]:
         """Names of the artefacts that a server needs."""
         necks = map(self.neck_weights, self.codec.qualities)
-        llms = [name for backend in self.backends for name in (backend.llm, backend.connector)]
+        llms = [name for backend in self.backends for name in backend.artefacts]
         return list(dict.fromkeys([*self.client_artefacts(), *necks, self.clip.weights, *llms]))
 
     def _named(self, weights: str, quality: int) -> str:
@@ -170,14 +191,20 @@ def _files() -> dict[str, Path]:
 def _parse(data: dict[str, Any]) -> Profile:
     from shared.images import Preparation  # numpy and Pillow: not for a --help that only names the default
 
+    preparation = data["preparation"]
+
+    def backend(table: dict[str, Any]) -> BackendSpec:
+        own = table.get("preparation")
+        return BackendSpec(**{**table, "preparation": Preparation(**{**preparation, **own}) if own else None})
+
     return Profile(
         name=data["name"],
         description=data["description"],
         scenario=data["scenario"],
         quality=data["quality"],
-        preparation=Preparation(**data["preparation"]),
+        preparation=Preparation(**preparation),
         codec=CodecSpec(**{**data["codec"], "qualities": tuple(data["codec"]["qualities"])}),
         neck=data["neck"]["weights"],
         clip=ClipSpec(**data["clip"]),
-        backends=tuple(BackendSpec(**backend) for backend in data["backends"]),
+        backends=tuple(map(backend, data["backends"])),
     )

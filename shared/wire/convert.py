@@ -6,10 +6,11 @@ What comes in is checked for shape only; sizes and ranges are the engine's to ju
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from typing import Literal
 
 from shared.bitstream import Bitstream
-from shared.conversation import Answer, Conversation, Generation, Part, ServerProfile, Timings
+from shared.conversation import Answer, Box, Conversation, Generation, Part, ServerProfile, Task, Timings
 from shared.errors import BadBitstream, BadInput, ServerFailed
 from shared.wire.comneck.v1 import comneck_pb2 as pb
 
@@ -18,6 +19,13 @@ _FINISHES: dict[pb.FinishReason, Literal["stop", "length"]] = {
     pb.FINISH_REASON_LENGTH: "length",
 }
 _REASONS = {finish: reason for reason, finish in _FINISHES.items()}
+_TASKS: dict[pb.Task, Task] = {
+    pb.TASK_TEXT: "text",
+    pb.TASK_CHOICE: "choice",
+    pb.TASK_BOX: "box",
+    pb.TASK_LABEL: "label",
+}
+_TASK_NUMBERS = {task: number for number, task in _TASKS.items()}
 
 
 def conversation_to_wire(conversation: Conversation) -> pb.Conversation:
@@ -36,6 +44,8 @@ def conversation_to_wire(conversation: Conversation) -> pb.Conversation:
                 top_p=generation.top_p,
                 seed=generation.seed,
             ),
+            task=_TASK_NUMBERS[conversation.task] if conversation.task else pb.TASK_UNSPECIFIED,
+            choices=conversation.choices,
         )
     except UnicodeEncodeError as problem:
         raise BadInput(f"the text is not valid Unicode at character {problem.start}") from problem
@@ -46,7 +56,7 @@ def conversation_to_wire(conversation: Conversation) -> pb.Conversation:
 def conversation_from_wire(message: pb.Conversation) -> Conversation:
     """
     Raises:
-        BadInput: no parts, an empty one, or numbers that are none.
+        BadInput: no parts, an empty one, an unknown task, or numbers that are none.
         BadBitstream: a part that is no bitstream.
     """
     if not message.parts:
@@ -62,8 +72,10 @@ def conversation_from_wire(message: pb.Conversation) -> Conversation:
         value = getattr(generation, name)
         if not math.isfinite(value):
             raise BadInput(f"{name} is {value}; send a finite number")
+    if message.task and message.task not in _TASKS:
+        raise BadInput(f"task {message.task} is not known here; known are {', '.join(_TASKS.values())}")
     parts = tuple(_part_from_wire(number, part) for number, part in enumerate(message.parts, 1))
-    return Conversation(parts, message.backend, generation)
+    return Conversation(parts, message.backend, generation, _TASKS.get(message.task), tuple(message.choices))
 
 
 def _part_from_wire(number: int, part: pb.Part) -> Part:
@@ -94,17 +106,22 @@ def answer_to_wire(answer: Answer) -> pb.Answer:
             generation_ms=timings.generation,
         ),
         digests=answer.digests,
+        task=_TASK_NUMBERS[answer.task],
+        choice=answer.choice,
+        box=pb.Box(**asdict(answer.box)) if answer.box else None,
     )
 
 
 def answer_from_wire(message: pb.Answer) -> Answer:
     """
     Raises:
-        ServerFailed: it does not say why it ended, so it is none.
+        ServerFailed: it does not say why it ended or what it is, so it is none.
     """
     if message.finish_reason not in _FINISHES:
         raise ServerFailed(f"the answer ended for an unknown reason, {message.finish_reason}; update this client")
-    timings = message.timings
+    if message.task not in _TASKS:
+        raise ServerFailed(f"the answer is of an unknown task, {message.task}; update this client")
+    timings, box = message.timings, message.box
     return Answer(
         text=message.text,
         finish=_FINISHES[message.finish_reason],
@@ -113,6 +130,9 @@ def answer_from_wire(message: pb.Answer) -> Answer:
         profile=message.profile,
         timings=Timings(timings.queue_ms, timings.decode_ms, timings.vision_ms, timings.generation_ms),
         digests=dict(message.digests),
+        task=_TASKS[message.task],
+        choice=message.choice if message.HasField("choice") else None,
+        box=Box(box.left, box.top, box.right, box.bottom) if message.HasField("box") else None,
     )
 
 
@@ -125,7 +145,10 @@ def profile_to_wire(profile: ServerProfile) -> pb.GetProfileResponse:
         ],
         scenario=profile.scenario,
         quality=profile.quality,
-        backends=profile.backends,
+        backends=[
+            pb.Backend(name=name, tasks=[_TASK_NUMBERS[task] for task in tasks])
+            for name, tasks in profile.backends.items()
+        ],
         max_request_bytes=profile.max_request_bytes,
         max_images=profile.max_images,
         max_tokens=profile.max_tokens,
@@ -139,7 +162,10 @@ def profile_from_wire(message: pb.GetProfileResponse) -> ServerProfile:
         qualities={one.quality: one.codec_digest.hex() for one in message.qualities},
         scenario=message.scenario,
         quality=message.quality,
-        backends=tuple(message.backends),
+        backends={
+            backend.name: tuple(_TASKS[task] for task in backend.tasks if task in _TASKS)
+            for backend in message.backends
+        },
         max_request_bytes=message.max_request_bytes,
         max_images=message.max_images,
         max_tokens=message.max_tokens,

@@ -12,7 +12,7 @@ from pathlib import Path
 from cloud_server.server import serving
 from cloud_server.settings import ServerSettings
 from shared.bitstream import Bitstream
-from shared.conversation import Answer, Conversation, ServerProfile, Timings
+from shared.conversation import Answer, Box, Conversation, ServerProfile, Timings
 from shared.images import Photo, Preparation, load_photo, prepare
 
 CODEC_DIGEST = "349eaab3"
@@ -47,7 +47,7 @@ class ScriptedEngine:
             qualities={1: CODEC_DIGEST, 2: CODEC_DIGEST},
             scenario="d1",
             quality=2,
-            backends=("llama-adapter", "other"),
+            backends={"llama-adapter": ("text",), "other": ("box", "text")},
             max_request_bytes=SETTINGS.max_request_bytes,
             max_images=SETTINGS.max_images,
             max_tokens=SETTINGS.max_tokens,
@@ -71,6 +71,9 @@ class ScriptedEngine:
                 profile="small",
                 timings=Timings(queue=1, decode=2, vision=3, generation=4),
                 digests={"codec": "c0dec", "llm": "11a"},
+                task=conversation.task or "text",
+                choice=1 if conversation.task == "choice" else None,
+                box=Box(1, 2, 3, 4),
             )
         finally:
             self.ended.set()
@@ -92,7 +95,7 @@ class ScriptedEncoder:
     def load(self, quality: int | None, max_bytes: int | None) -> None:
         pass
 
-    def prepare(self, source: str | Path | bytes | Photo) -> Photo:
+    def prepare(self, source: str | Path | bytes | Photo, backend: str = "") -> Photo:
         if not isinstance(source, Photo):
             source = load_photo(Path(source) if isinstance(source, str) else source)
         return prepare(source, Preparation())

@@ -12,11 +12,21 @@ from typing import Any
 import pytest
 from scripted import CODEC_DIGEST, SETTINGS
 
+from cloud_server.backends import Backend
 from cloud_server.engine import Engine
 from shared.bitstream import Bitstream
-from shared.conversation import Answer, Conversation, Timings
+from shared.conversation import Answer, Conversation, Task, Timings
 from shared.errors import BadInput, ProfileMismatch
 from shared.profiles import get_profile
+
+
+class ScriptedBackend(Backend):
+    """Takes whatever the engine lets through."""
+
+    def __init__(self, max_images: int, tasks: tuple[Task, ...]) -> None:
+        self.max_images, self.tasks = max_images, tasks  # type: ignore[misc]
+
+    load = write = None
 
 
 class ScriptedPipeline:
@@ -24,7 +34,7 @@ class ScriptedPipeline:
 
     def __init__(self, digests: dict[int, str]) -> None:
         self.profile = get_profile("small")
-        self.backends = {"llama-adapter": SimpleNamespace(max_images=2)}
+        self.backends = {"llama-adapter": ScriptedBackend(2, ("text",)), "other": ScriptedBackend(1, ("box", "choice"))}
         self.entrances = {
             quality: SimpleNamespace(codec=SimpleNamespace(digest_bytes=bytes.fromhex(digest)))
             for quality, digest in digests.items()
@@ -54,7 +64,10 @@ async def test_it_tells_the_codec_of_every_quality(engine: Engine) -> None:
     profile = engine.server_profile()
     assert profile.qualities == {1: CODEC_DIGEST, 2: CODEC_DIGEST, 4: "00c0ffee"}
     assert profile.offer == f"quality 1, 2 by codec {CODEC_DIGEST}; quality 4 by codec 00c0ffee"
-    assert (profile.profile, profile.backends) == ("small", ("llama-adapter",))
+    assert (profile.profile, profile.backends) == (
+        "small",
+        {"llama-adapter": ("text",), "other": ("box", "choice")},
+    )
 
 
 @pytest.mark.parametrize(("served", "quality"), [((1, 2, 3, 4), 3), ((1, 2), 2), ((4,), 4), ((1, 4), 4)])
@@ -91,8 +104,29 @@ async def test_what_no_codec_here_has_written_is_refused_with_what_is_served(
 
 
 async def test_more_photos_than_the_backend_takes_are_refused(engine: Engine, bitstream: Bitstream) -> None:
-    with pytest.raises(BadInput, match="3 photos in one conversation; this backend takes at most 2"):
+    with pytest.raises(BadInput, match="3 photos in one conversation; backend 'llama-adapter' takes at most 2"):
         await engine.answer(Conversation((bitstream,) * 3 + ("what?",)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"task": "box"}, "backend 'llama-adapter' answers with text, not with box: ask other"),
+        ({"task": "label"}, "not with label: no backend here does"),
+        ({"backend": "other", "task": "choice"}, "two or more choices"),
+        ({"backend": "other", "task": "choice", "choices": ("cat",)}, "two or more choices"),
+        ({"backend": "other", "task": "choice", "choices": ("cat", "cat")}, "each another"),
+        ({"backend": "other", "task": "choice", "choices": ("cat", " ")}, "a choice is empty"),
+        ({"backend": "other", "choices": ("cat", "dog")}, "the answer is to be a box: say task choice"),
+        ({"parts": ("where?",), "backend": "other"}, "0 photos; an answer that is a box is about one"),
+        ({"parts": (" ",)}, "the prompt is empty"),
+    ],
+)
+async def test_questions_that_make_no_sense_are_refused(
+    engine: Engine, bitstream: Bitstream, fields: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(BadInput, match=told):
+        await engine.answer(replace(Conversation((bitstream, "what?")), **fields))
 
 
 async def test_the_loop_runs_on_while_a_model_works(

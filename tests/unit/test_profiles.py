@@ -85,5 +85,5 @@ def test_a_profile_whose_qualities_make_no_sense_is_named(home: Path, line: str,
 
 def test_a_profile_that_makes_no_sense_is_named(home: Path) -> None:
     (home / "profiles" / "broken.toml").write_text('name = "broken"')
-    with pytest.raises(BadInput, match=r"broken\.toml.*description"):
+    with pytest.raises(BadInput, match=r"broken\.toml.*preparation"):
         get_profile("broken")

@@ -47,7 +47,7 @@ def test_the_profile_tells_what_to_encode(http: httpx.Client) -> None:
     profile = http.get("/v1/profile").json()
     assert (profile["profile"], profile["quality"]) == ("small", 2)
     assert profile["qualities"] == {"1": CODEC_DIGEST, "2": CODEC_DIGEST}
-    assert profile["backends"] == ["llama-adapter", "other"]
+    assert profile["backends"] == {"llama-adapter": ["text"], "other": ["box", "text"]}
 
 
 def test_a_conversation_reaches_the_engine_whole(
@@ -59,6 +59,8 @@ def test_a_conversation_reaches_the_engine_whole(
         json={
             "parts": [{"bitstream": encoded}, {"text": "and"}, {"bitstream": encoded}],
             "backend": "other",
+            "task": "choice",
+            "choices": ["a dog", "a cat"],
             "generation": {"max_tokens": 7, "seed": 2},
         },
     )
@@ -70,9 +72,13 @@ def test_a_conversation_reaches_the_engine_whole(
         "profile": "small",
         "timings_ms": {"queue": 1, "decode": 2, "vision": 3, "generation": 4},
         "model_digests": {"codec": "c0dec", "llm": "11a"},
+        "task": "choice",
+        "choice": 1,
+        "box": {"left": 1, "top": 2, "right": 3, "bottom": 4},
     }
     (asked,) = server.engine.asked
     assert asked.parts == (bitstream, "and", bitstream)
+    assert (asked.task, asked.choices) == ("choice", ("a dog", "a cat"))
     assert asked.generation == Generation(max_tokens=7, seed=2)
 
 

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import pytest
 
 from shared.bitstream import Bitstream
-from shared.conversation import Answer, Conversation, Generation, ServerProfile, Timings
+from shared.conversation import Answer, Box, Conversation, Generation, ServerProfile, Task, Timings
 from shared.errors import BadBitstream, BadInput, ServerFailed, all_errors
 from shared.wire import convert
 from shared.wire.comneck.v1 import comneck_pb2 as pb
@@ -14,7 +15,11 @@ from shared.wire.errors import MAX_MESSAGE, to_status
 
 def test_a_conversation_arrives_as_it_was_sent(bitstream: Bitstream) -> None:
     sent = Conversation(
-        ("what", bitstream, "is this?", bitstream), "other", Generation(max_tokens=7, temperature=0.5, top_p=1, seed=3)
+        ("what", bitstream, "is this?", bitstream),
+        "other",
+        Generation(max_tokens=7, temperature=0.5, top_p=1, seed=3),
+        "choice",
+        ("a dog", "a cat"),
     )
     message = pb.Conversation.FromString(convert.conversation_to_wire(sent).SerializeToString())
     assert convert.conversation_from_wire(message) == sent
@@ -30,15 +35,18 @@ def test_a_zero_that_is_sent_is_a_zero() -> None:
     assert convert.conversation_from_wire(message).generation.max_tokens == 0
 
 
-def test_an_answer_arrives_as_it_was_given() -> None:
-    given = Answer("a dog", "length", 2, "llama-adapter", "small", Timings(1, 2, 3, 4), {"codec": "c0"})
+@pytest.mark.parametrize("task", get_args(Task))
+@pytest.mark.parametrize(("choice", "box"), [(None, None), (0, None), (3, Box(0, 1.5, 2, 30))])
+def test_an_answer_arrives_as_it_was_given(task: Task, choice: int | None, box: Box | None) -> None:
+    given = Answer(
+        "a dog", "length", 2, "llama-adapter", "small", Timings(1, 2, 3, 4), {"codec": "c0"}, task, choice, box
+    )
     assert convert.answer_from_wire(convert.answer_to_wire(given)) == given
 
 
 def test_a_profile_arrives_as_it_was_told() -> None:
-    told = ServerProfile(
-        "small", {2: "349eaab3", 4: "00c0ffee"}, "d1", 2, ("llama-adapter", "other"), 65536, 8, 256, "0.1.0"
-    )
+    backends = {"llama-adapter": ("text",), "other": ("box", "text")}
+    told = ServerProfile("small", {2: "349eaab3", 4: "00c0ffee"}, "d1", 2, backends, 65536, 8, 256, "0.1.0")
     assert convert.profile_from_wire(convert.profile_to_wire(told)) == told
 
 
@@ -52,6 +60,7 @@ def test_a_profile_arrives_as_it_was_told() -> None:
             "temperature is nan",
         ),
         (pb.Conversation(parts=[pb.Part(text="a")], generation=pb.GenerationOptions(top_p=math.inf)), "top_p is inf"),
+        (pb.Conversation(parts=[pb.Part(text="a")], task=17), "task 17 is not known here; known are text, choice"),
     ],
 )
 def test_a_conversation_without_meaning_is_refused(message: pb.Conversation, complaint: str) -> None:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$shared/wire/comneck/v1/comneck.proto\x12\ncomneck.v1\"\x13\n\x11GetProfileRequest\"\xd6\x01\n\x12GetProfileResponse\x12\x0f\n\x07profile\x18\x01 \x01(\t\x12&\n\tqualities\x18\x02 \x03(\x0b\x32\x13.comneck.v1.Quality\x12\x10\n\x08scenario\x18\x03 \x01(\t\x12\x0f\n\x07quality\x18\x04 \x01(\r\x12\x10\n\x08\x62\x61\x63kends\x18\x05 \x03(\t\x12\x19\n\x11max_request_bytes\x18\x06 \x01(\r\x12\x12\n\nmax_images\x18\x07 \x01(\r\x12\x12\n\nmax_tokens\x18\x08 \x01(\r\x12\x0f\n\x07version\x18\t \x01(\t\"0\n\x07Quality\x12\x0f\n\x07quality\x18\x01 \x01(\r\x12\x14\n\x0c\x63odec_digest\x18\x02 \x01(\x0c\"?\n\rAnswerRequest\x12.\n\x0c\x63onversation\x18\x01 \x01(\x0b\x32\x18.comneck.v1.Conversation\"4\n\x0e\x41nswerResponse\x12\"\n\x06\x61nswer\x18\x01 \x01(\x0b\x32\x12.comneck.v1.Answer\"E\n\x13\x41nswerStreamRequest\x12.\n\x0c\x63onversation\x18\x01 \x01(\x0b\x32\x18.comneck.v1.Conversation\"U\n\x14\x41nswerStreamResponse\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12$\n\x06\x61nswer\x18\x02 \x01(\x0b\x32\x12.comneck.v1.AnswerH\x00\x42\x07\n\x05\x65vent\"s\n\x0c\x43onversation\x12\x1f\n\x05parts\x18\x01 \x03(\x0b\x32\x10.comneck.v1.Part\x12\x0f\n\x07\x62\x61\x63kend\x18\x02 \x01(\t\x12\x31\n\ngeneration\x18\x03 \x01(\x0b\x32\x1d.comneck.v1.GenerationOptions\"6\n\x04Part\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x13\n\tbitstream\x18\x02 \x01(\x0cH\x00\x42\t\n\x07\x63ontent\"\x9f\x01\n\x11GenerationOptions\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\rH\x03\x88\x01\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x07\n\x05_seed\"\x81\x02\n\x06\x41nswer\x12\x0c\n\x04text\x18\x01 \x01(\t\x12/\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x18.comneck.v1.FinishReason\x12\x0e\n\x06tokens\x18\x03 \x01(\r\x12\x0f\n\x07\x62\x61\x63kend\x18\x04 \x01(\t\x12\x0f\n\x07profile\x18\x05 \x01(\t\x12$\n\x07timings\x18\x06 \x01(\x0b\x32\x13.comneck.v1.Timings\x12\x30\n\x07\x64igests\x18\x07 \x03(\x0b\x32\x1f.comneck.v1.Answer.DigestsEntry\x1a.\n\x0c\x44igestsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"X\n\x07Timings\x12\x10\n\x08queue_ms\x18\x01 \x01(\x02\x12\x11\n\tdecode_ms\x18\x02 \x01(\x02\x12\x11\n\tvision_ms\x18\x03 \x01(\x02\x12\x15\n\rgeneration_ms\x18\x04 \x01(\x02*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xf3\x01\n\x0e\x43omneckService\x12K\n\nGetProfile\x12\x1d.comneck.v1.GetProfileRequest\x1a\x1e.comneck.v1.GetProfileResponse\x12?\n\x06\x41nswer\x12\x19.comneck.v1.AnswerRequest\x1a\x1a.comneck.v1.AnswerResponse\x12S\n\x0c\x41nswerStream\x12\x1f.comneck.v1.AnswerStreamRequest\x1a .comneck.v1.AnswerStreamResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$shared/wire/comneck/v1/comneck.proto\x12\ncomneck.v1\"\x13\n\x11GetProfileRequest\"\xeb\x01\n\x12GetProfileResponse\x12\x0f\n\x07profile\x18\x01 \x01(\t\x12&\n\tqualities\x18\x02 \x03(\x0b\x32\x13.comneck.v1.Quality\x12\x10\n\x08scenario\x18\x03 \x01(\t\x12\x0f\n\x07quality\x18\x04 \x01(\r\x12%\n\x08\x62\x61\x63kends\x18\x05 \x03(\x0b\x32\x13.comneck.v1.Backend\x12\x19\n\x11max_request_bytes\x18\x06 \x01(\r\x12\x12\n\nmax_images\x18\x07 \x01(\r\x12\x12\n\nmax_tokens\x18\x08 \x01(\r\x12\x0f\n\x07version\x18\t \x01(\t\"0\n\x07Quality\x12\x0f\n\x07quality\x18\x01 \x01(\r\x12\x14\n\x0c\x63odec_digest\x18\x02 \x01(\x0c\"8\n\x07\x42\x61\x63kend\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1f\n\x05tasks\x18\x02 \x03(\x0e\x32\x10.comneck.v1.Task\"?\n\rAnswerRequest\x12.\n\x0c\x63onversation\x18\x01 \x01(\x0b\x32\x18.comneck.v1.Conversation\"4\n\x0e\x41nswerResponse\x12\"\n\x06\x61nswer\x18\x01 \x01(\x0b\x32\x12.comneck.v1.Answer\"E\n\x13\x41nswerStreamRequest\x12.\n\x0c\x63onversation\x18\x01 \x01(\x0b\x32\x18.comneck.v1.Conversation\"U\n\x14\x41nswerStreamResponse\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12$\n\x06\x61nswer\x18\x02 \x01(\x0b\x32\x12.comneck.v1.AnswerH\x00\x42\x07\n\x05\x65vent\"\xa4\x01\n\x0c\x43onversation\x12\x1f\n\x05parts\x18\x01 \x03(\x0b\x32\x10.comneck.v1.Part\x12\x0f\n\x07\x62\x61\x63kend\x18\x02 \x01(\t\x12\x31\n\ngeneration\x18\x03 \x01(\x0b\x32\x1d.comneck.v1.GenerationOptions\x12\x1e\n\x04task\x18\x04 \x01(\x0e\x32\x10.comneck.v1.Task\x12\x0f\n\x07\x63hoices\x18\x05 \x03(\t\"6\n\x04Part\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x13\n\tbitstream\x18\x02 \x01(\x0cH\x00\x42\t\n\x07\x63ontent\"\x9f\x01\n\x11GenerationOptions\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\rH\x03\x88\x01\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x07\n\x05_seed\"\xdf\x02\n\x06\x41nswer\x12\x0c\n\x04text\x18\x01 \x01(\t\x12/\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x18.comneck.v1.FinishReason\x12\x0e\n\x06tokens\x18\x03 \x01(\r\x12\x0f\n\x07\x62\x61\x63kend\x18\x04 \x01(\t\x12\x0f\n\x07profile\x18\x05 \x01(\t\x12$\n\x07timings\x18\x06 \x01(\x0b\x32\x13.comneck.v1.Timings\x12\x30\n\x07\x64igests\x18\x07 \x03(\x0b\x32\x1f.comneck.v1.Answer.DigestsEntry\x12\x1e\n\x04task\x18\x08 \x01(\x0e\x32\x10.comneck.v1.Task\x12\x13\n\x06\x63hoice\x18\t \x01(\rH\x00\x88\x01\x01\x12\x1c\n\x03\x62ox\x18\n \x01(\x0b\x32\x0f.comneck.v1.Box\x1a.\n\x0c\x44igestsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\t\n\x07_choice\"?\n\x03\x42ox\x12\x0c\n\x04left\x18\x01 \x01(\x02\x12\x0b\n\x03top\x18\x02 \x01(\x02\x12\r\n\x05right\x18\x03 \x01(\x02\x12\x0e\n\x06\x62ottom\x18\x04 \x01(\x02\"X\n\x07Timings\x12\x10\n\x08queue_ms\x18\x01 \x01(\x02\x12\x11\n\tdecode_ms\x18\x02 \x01(\x02\x12\x11\n\tvision_ms\x18\x03 \x01(\x02\x12\x15\n\rgeneration_ms\x18\x04 \x01(\x02*Z\n\x04Task\x12\x14\n\x10TASK_UNSPECIFIED\x10\x00\x12\r\n\tTASK_TEXT\x10\x01\x12\x0f\n\x0bTASK_CHOICE\x10\x02\x12\x0c\n\x08TASK_BOX\x10\x03\x12\x0e\n\nTASK_LABEL\x10\x04*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xf3\x01\n\x0e\x43omneckService\x12K\n\nGetProfile\x12\x1d.comneck.v1.GetProfileRequest\x1a\x1e.comneck.v1.GetProfileResponse\x12?\n\x06\x41nswer\x12\x19.comneck.v1.AnswerRequest\x1a\x1a.comneck.v1.AnswerResponse\x12S\n\x0c\x41nswerStream\x12\x1f.comneck.v1.AnswerStreamRequest\x1a .comneck.v1.AnswerStreamResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,34 +33,40 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ANSWER_DIGESTSENTRY']._loaded_options = None
   _globals['_ANSWER_DIGESTSENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=1302
-  _globals['_FINISHREASON']._serialized_end=1397
+  _globals['_TASK']._serialized_start=1590
+  _globals['_TASK']._serialized_end=1680
+  _globals['_FINISHREASON']._serialized_start=1682
+  _globals['_FINISHREASON']._serialized_end=1777
   _globals['_GETPROFILEREQUEST']._serialized_start=52
   _globals['_GETPROFILEREQUEST']._serialized_end=71
   _globals['_GETPROFILERESPONSE']._serialized_start=74
-  _globals['_GETPROFILERESPONSE']._serialized_end=288
-  _globals['_QUALITY']._serialized_start=290
-  _globals['_QUALITY']._serialized_end=338
-  _globals['_ANSWERREQUEST']._serialized_start=340
-  _globals['_ANSWERREQUEST']._serialized_end=403
-  _globals['_ANSWERRESPONSE']._serialized_start=405
-  _globals['_ANSWERRESPONSE']._serialized_end=457
-  _globals['_ANSWERSTREAMREQUEST']._serialized_start=459
-  _globals['_ANSWERSTREAMREQUEST']._serialized_end=528
-  _globals['_ANSWERSTREAMRESPONSE']._serialized_start=530
-  _globals['_ANSWERSTREAMRESPONSE']._serialized_end=615
-  _globals['_CONVERSATION']._serialized_start=617
-  _globals['_CONVERSATION']._serialized_end=732
-  _globals['_PART']._serialized_start=734
-  _globals['_PART']._serialized_end=788
-  _globals['_GENERATIONOPTIONS']._serialized_start=791
-  _globals['_GENERATIONOPTIONS']._serialized_end=950
-  _globals['_ANSWER']._serialized_start=953
-  _globals['_ANSWER']._serialized_end=1210
-  _globals['_ANSWER_DIGESTSENTRY']._serialized_start=1164
-  _globals['_ANSWER_DIGESTSENTRY']._serialized_end=1210
-  _globals['_TIMINGS']._serialized_start=1212
-  _globals['_TIMINGS']._serialized_end=1300
-  _globals['_COMNECKSERVICE']._serialized_start=1400
-  _globals['_COMNECKSERVICE']._serialized_end=1643
+  _globals['_GETPROFILERESPONSE']._serialized_end=309
+  _globals['_QUALITY']._serialized_start=311
+  _globals['_QUALITY']._serialized_end=359
+  _globals['_BACKEND']._serialized_start=361
+  _globals['_BACKEND']._serialized_end=417
+  _globals['_ANSWERREQUEST']._serialized_start=419
+  _globals['_ANSWERREQUEST']._serialized_end=482
+  _globals['_ANSWERRESPONSE']._serialized_start=484
+  _globals['_ANSWERRESPONSE']._serialized_end=536
+  _globals['_ANSWERSTREAMREQUEST']._serialized_start=538
+  _globals['_ANSWERSTREAMREQUEST']._serialized_end=607
+  _globals['_ANSWERSTREAMRESPONSE']._serialized_start=609
+  _globals['_ANSWERSTREAMRESPONSE']._serialized_end=694
+  _globals['_CONVERSATION']._serialized_start=697
+  _globals['_CONVERSATION']._serialized_end=861
+  _globals['_PART']._serialized_start=863
+  _globals['_PART']._serialized_end=917
+  _globals['_GENERATIONOPTIONS']._serialized_start=920
+  _globals['_GENERATIONOPTIONS']._serialized_end=1079
+  _globals['_ANSWER']._serialized_start=1082
+  _globals['_ANSWER']._serialized_end=1433
+  _globals['_ANSWER_DIGESTSENTRY']._serialized_start=1376
+  _globals['_ANSWER_DIGESTSENTRY']._serialized_end=1422
+  _globals['_BOX']._serialized_start=1435
+  _globals['_BOX']._serialized_end=1498
+  _globals['_TIMINGS']._serialized_start=1500
+  _globals['_TIMINGS']._serialized_end=1588
+  _globals['_COMNECKSERVICE']._serialized_start=1780
+  _globals['_COMNECKSERVICE']._serialized_end=2023
 # @@protoc_insertion_point(module_scope)

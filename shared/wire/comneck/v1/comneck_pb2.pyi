@@ -7,11 +7,24 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class Task(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    TASK_UNSPECIFIED: _ClassVar[Task]
+    TASK_TEXT: _ClassVar[Task]
+    TASK_CHOICE: _ClassVar[Task]
+    TASK_BOX: _ClassVar[Task]
+    TASK_LABEL: _ClassVar[Task]
+
 class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     FINISH_REASON_UNSPECIFIED: _ClassVar[FinishReason]
     FINISH_REASON_STOP: _ClassVar[FinishReason]
     FINISH_REASON_LENGTH: _ClassVar[FinishReason]
+TASK_UNSPECIFIED: Task
+TASK_TEXT: Task
+TASK_CHOICE: Task
+TASK_BOX: Task
+TASK_LABEL: Task
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
@@ -35,12 +48,12 @@ class GetProfileResponse(_message.Message):
     qualities: _containers.RepeatedCompositeFieldContainer[Quality]
     scenario: str
     quality: int
-    backends: _containers.RepeatedScalarFieldContainer[str]
+    backends: _containers.RepeatedCompositeFieldContainer[Backend]
     max_request_bytes: int
     max_images: int
     max_tokens: int
     version: str
-    def __init__(self, profile: _Optional[str] = ..., qualities: _Optional[_Iterable[_Union[Quality, _Mapping]]] = ..., scenario: _Optional[str] = ..., quality: _Optional[int] = ..., backends: _Optional[_Iterable[str]] = ..., max_request_bytes: _Optional[int] = ..., max_images: _Optional[int] = ..., max_tokens: _Optional[int] = ..., version: _Optional[str] = ...) -> None: ...
+    def __init__(self, profile: _Optional[str] = ..., qualities: _Optional[_Iterable[_Union[Quality, _Mapping]]] = ..., scenario: _Optional[str] = ..., quality: _Optional[int] = ..., backends: _Optional[_Iterable[_Union[Backend, _Mapping]]] = ..., max_request_bytes: _Optional[int] = ..., max_images: _Optional[int] = ..., max_tokens: _Optional[int] = ..., version: _Optional[str] = ...) -> None: ...
 
 class Quality(_message.Message):
     __slots__ = ("quality", "codec_digest")
@@ -49,6 +62,14 @@ class Quality(_message.Message):
     quality: int
     codec_digest: bytes
     def __init__(self, quality: _Optional[int] = ..., codec_digest: _Optional[bytes] = ...) -> None: ...
+
+class Backend(_message.Message):
+    __slots__ = ("name", "tasks")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    TASKS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    tasks: _containers.RepeatedScalarFieldContainer[Task]
+    def __init__(self, name: _Optional[str] = ..., tasks: _Optional[_Iterable[_Union[Task, str]]] = ...) -> None: ...
 
 class AnswerRequest(_message.Message):
     __slots__ = ("conversation",)
@@ -77,14 +98,18 @@ class AnswerStreamResponse(_message.Message):
     def __init__(self, text: _Optional[str] = ..., answer: _Optional[_Union[Answer, _Mapping]] = ...) -> None: ...
 
 class Conversation(_message.Message):
-    __slots__ = ("parts", "backend", "generation")
+    __slots__ = ("parts", "backend", "generation", "task", "choices")
     PARTS_FIELD_NUMBER: _ClassVar[int]
     BACKEND_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    CHOICES_FIELD_NUMBER: _ClassVar[int]
     parts: _containers.RepeatedCompositeFieldContainer[Part]
     backend: str
     generation: GenerationOptions
-    def __init__(self, parts: _Optional[_Iterable[_Union[Part, _Mapping]]] = ..., backend: _Optional[str] = ..., generation: _Optional[_Union[GenerationOptions, _Mapping]] = ...) -> None: ...
+    task: Task
+    choices: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, parts: _Optional[_Iterable[_Union[Part, _Mapping]]] = ..., backend: _Optional[str] = ..., generation: _Optional[_Union[GenerationOptions, _Mapping]] = ..., task: _Optional[_Union[Task, str]] = ..., choices: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Part(_message.Message):
     __slots__ = ("text", "bitstream")
@@ -107,7 +132,7 @@ class GenerationOptions(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class Answer(_message.Message):
-    __slots__ = ("text", "finish_reason", "tokens", "backend", "profile", "timings", "digests")
+    __slots__ = ("text", "finish_reason", "tokens", "backend", "profile", "timings", "digests", "task", "choice", "box")
     class DigestsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -122,6 +147,9 @@ class Answer(_message.Message):
     PROFILE_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
     DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
+    BOX_FIELD_NUMBER: _ClassVar[int]
     text: str
     finish_reason: FinishReason
     tokens: int
@@ -129,7 +157,22 @@ class Answer(_message.Message):
     profile: str
     timings: Timings
     digests: _containers.ScalarMap[str, str]
-    def __init__(self, text: _Optional[str] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., tokens: _Optional[int] = ..., backend: _Optional[str] = ..., profile: _Optional[str] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., digests: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    task: Task
+    choice: int
+    box: Box
+    def __init__(self, text: _Optional[str] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., tokens: _Optional[int] = ..., backend: _Optional[str] = ..., profile: _Optional[str] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., digests: _Optional[_Mapping[str, str]] = ..., task: _Optional[_Union[Task, str]] = ..., choice: _Optional[int] = ..., box: _Optional[_Union[Box, _Mapping]] = ...) -> None: ...
+
+class Box(_message.Message):
+    __slots__ = ("left", "top", "right", "bottom")
+    LEFT_FIELD_NUMBER: _ClassVar[int]
+    TOP_FIELD_NUMBER: _ClassVar[int]
+    RIGHT_FIELD_NUMBER: _ClassVar[int]
+    BOTTOM_FIELD_NUMBER: _ClassVar[int]
+    left: float
+    top: float
+    right: float
+    bottom: float
+    def __init__(self, left: _Optional[float] = ..., top: _Optional[float] = ..., right: _Optional[float] = ..., bottom: _Optional[float] = ...) -> None: ...
 
 class Timings(_message.Message):
     __slots__ = ("queue_ms", "decode_ms", "vision_ms", "generation_ms")
