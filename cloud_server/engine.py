@@ -14,11 +14,12 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from shared.conversation import Answer, Conversation, ServerProfile
-from shared.errors import BadInput, ProfileMismatch, UnknownName
+from shared.errors import BadInput, ProfileMismatch
 from shared.profiles import get_profile
 
 if TYPE_CHECKING:
@@ -49,7 +50,10 @@ class Engine:
         get_profile(settings.profile)  # a wrong name is told before seconds of imports
         from cloud_server.pipeline import Pipeline
 
-        return cls(Pipeline.load(settings.profile, settings.device, settings.threads, settings.cache_photos), settings)
+        return cls(
+            Pipeline.load(settings.profile, settings.device, settings.threads, settings.cache_photos, settings.dtype),
+            settings,
+        )
 
     def server_profile(self) -> ServerProfile:
         """What a client must know to encode for this server."""
@@ -68,7 +72,7 @@ class Engine:
         Raises:
             ComneckError: whatever is wrong with the conversation, before the first piece.
         """
-        self._check(conversation)
+        conversation = self._check(conversation)
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Event] = asyncio.Queue()
         stopped = threading.Event()
@@ -94,23 +98,14 @@ class Engine:
         """Waits for the request in hand; none is taken any more."""
         await asyncio.get_running_loop().run_in_executor(None, self._thread.shutdown)
 
-    def _check(self, conversation: Conversation) -> None:
+    def _check(self, conversation: Conversation) -> Conversation:
+        """The conversation with its backend and task settled."""
         settings, images = self._settings, len(conversation.images)
-        backends = self._profile.backends
-        if conversation.backend and conversation.backend not in backends:
-            raise UnknownName(f"no backend named {conversation.backend!r} here; there are: {', '.join(backends)}")
-        name = conversation.backend or next(iter(backends))
+        name, task = self._profile.backend_for(conversation.backend, conversation.task, conversation.choices)
         backend = self._pipeline.backends[name]
         limit = min(settings.max_images, backend.max_images)
         if images > limit:
             raise BadInput(f"{images} photos in one conversation; backend {name!r} takes at most {limit} here")
-        task = conversation.task or backend.tasks[0]
-        if task not in backend.tasks:
-            able = [other for other, tasks in backends.items() if task in tasks]
-            raise BadInput(
-                f"backend {name!r} answers with {' or '.join(backend.tasks)}, not with {task}: "
-                + (f"ask {' or '.join(able)}" if able else "no backend here does")
-            )
         if task in ("choice", "box") and images != 1:
             raise BadInput(f"{images} photos; an answer that is a {task} is about one")
         if task == "choice" and len(set(conversation.choices)) < max(2, len(conversation.choices)):
@@ -119,6 +114,7 @@ class Engine:
             raise BadInput(f"there are choices, but the answer is to be a {task}: say task choice")
         if any(not choice.strip() for choice in conversation.choices):
             raise BadInput("a choice is empty")
+        conversation = replace(conversation, backend=name, task=task)
         backend.check(conversation)
         generation = conversation.generation
         if not 1 <= generation.max_tokens <= settings.max_tokens:
@@ -137,6 +133,7 @@ class Engine:
                     f"this server runs profile {self._profile.profile!r}, which is {size.width}x{size.height}, "
                     f"{self._profile.offer}: encode with that profile"
                 )
+        return conversation
 
     def _work(
         self, conversation: Conversation, asked: float, emit: Callable[[Event], None], stopped: threading.Event

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import torch
@@ -19,7 +19,7 @@ from shared.codecs.codec import Codec
 from shared.conversation import Answer, Box, Conversation, Timings
 from shared.errors import BadInput, ComneckError, UnknownName, WeightsUnavailable
 from shared.images import Photo, Placement, Preparation
-from shared.profiles import Profile, get_profile
+from shared.profiles import Dtype, Profile, get_profile
 from shared.weights.digest import load_tensors
 from shared.weights.store import digest_of, ensure
 
@@ -78,7 +78,9 @@ class Pipeline:
     seen: SightCache = field(default_factory=SightCache)
 
     @classmethod
-    def load(cls, name: str, device: str = "auto", threads: int = 0, cache_photos: int = 0) -> Pipeline:
+    def load(
+        cls, name: str, device: str = "auto", threads: int = 0, cache_photos: int = 0, dtype: Dtype = "auto"
+    ) -> Pipeline:
         """Loads every model of profile ``name``, fetching what is missing.
 
         Qualities whose weights cannot be had are left out; the log says which and why.
@@ -86,6 +88,7 @@ class Pipeline:
         Args:
             device: ``cpu``, ``cuda``, or ``auto``: the GPU where there is one.
             threads: for the CPU; 0: all of its cores.
+            dtype: that language models compute in, where it is not as the profile says.
             cache_photos: of so many photos it is kept what CLIP has seen of them.
 
         Raises:
@@ -97,11 +100,12 @@ class Pipeline:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         place = torch.device(device)
+        specs = [spec if dtype == "auto" else replace(spec, dtype=dtype) for spec in profile.backends]
         return cls(
             profile=profile,
             entrances=load_entrances(profile, place),
             tower=ClipTower.load(profile.clip, ensure(profile.clip.weights)).to(place),
-            backends={spec.name: backends.get(spec.name).load(spec, profile, place) for spec in profile.backends},
+            backends={spec.name: backends.get(spec.name).load(spec, profile, place) for spec in specs},
             device=place,
             seen=SightCache(cache_photos),
         )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from shared.errors import BadInput
 from shared.options import option
-from shared.profiles import DEFAULT_PROFILE
+from shared.profiles import DEFAULT_PROFILE, Dtype
 from shared.wire import GRPC_PORT, HTTP_PORT
 
 
@@ -23,6 +23,7 @@ class ServerSettings:
     max_tokens: int = option("most tokens that a request may ask for", 256)
     cache_photos: int = option("photos of which it is kept what CLIP has seen, for further questions; 2 MB each", 64)
     threads: int = option("CPU threads of the models; 0 takes all", 0)
+    dtype: Dtype = option("that language models compute in; auto is as the profile says, or by the device", "auto")
     device: str = option("where the models run, as PyTorch names it: cpu, cuda, cuda:1", "cpu")
 
     def __post_init__(self) -> None:

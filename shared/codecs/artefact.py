@@ -30,6 +30,7 @@ from shared.codecs.interface import SCALE_UNIT, EntropyPath, Network
 from shared.codecs.ranges import measured_ranges
 from shared.errors import BadInput, WeightsUnavailable
 from shared.weights.digest import Storage, load_tensors, read_metadata, save_tensors, tensors_digest
+from shared.weights.folders import differences
 
 TRANSFORMS = ("g_a", "h_a", "g_s")
 SCALES = np.exp(np.linspace(np.log(0.11), np.log(256), 64))  # CompressAI's table
@@ -167,15 +168,9 @@ def write_artefact(
 
 def check_tensors(what: str, expected: Mapping[str, Any], given: Mapping[str, Tensor]) -> None:
     """Raises BadInput with the list of what is wrong unless the tensors have the names and shapes expected."""
-    wrong = [f"{name} is missing" for name in expected if name not in given]
-    wrong += [f"{name} is not known" for name in given if name not in expected]
-    wrong += [
-        f"{name} is {tuple(given[name].shape)} instead of {tuple(shape)}"
-        for name, shape in expected.items()
-        if name in given and tuple(given[name].shape) != tuple(shape)
-    ]
+    wrong = differences(expected, given)
     if wrong:
-        raise BadInput(f"{what} does not hold this codec, {len(wrong)} tensors are wrong: {'; '.join(sorted(wrong))}")
+        raise BadInput(f"{what} does not hold this codec, {len(wrong)} tensors are wrong: {'; '.join(wrong)}")
 
 
 def _is_transform(name: str) -> bool:

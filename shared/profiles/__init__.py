@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from shared.bitstream import QUALITIES, Scenario
 from shared.errors import BadInput, UnknownName
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from shared.images import Preparation
 
 DEFAULT_PROFILE = "small"
+Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 PLACEHOLDER = "{quality}"  # in the name of weights: there is an artefact for each quality
 
 
@@ -75,6 +76,7 @@ class BackendSpec:
         llm, connector: artefacts' names; no connector where the language model's artefact holds it.
         prompt: how a conversation becomes the model's text; which there are, the backend knows.
         preparation: how a photo becomes the codec's input, where it is not the profile's way.
+        dtype: that the language model computes in; ``auto`` is float32 on a CPU, float16 on a GPU.
         options: whatever else the backend takes, by name.
     """
 
@@ -83,6 +85,7 @@ class BackendSpec:
     connector: str = ""
     prompt: str = "plain"
     preparation: Preparation | None = None
+    dtype: Dtype = "auto"
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property

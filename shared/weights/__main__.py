@@ -1,4 +1,4 @@
-"""``python -m shared.weights list | pull | import | verify | path``: the subcommand of ``comneck``, on its own."""
+"""``python -m shared.weights list | pull | check | import ...``: the subcommand of ``comneck``, on its own."""
 
 import sys
 

@@ -108,8 +108,26 @@ class ImportSource:
         return f"import {self.checkpoint}"
 
 
+@dataclass(frozen=True)
+class FolderSource:
+    """A folder that ``comneck weights import`` has checked, or made; it is used where it lies.
+
+    Attributes:
+        path: beside the catalogue where it was made, anywhere where a user keeps it.
+        files: those in it that matter.
+        checkpoint: as in ImportSource.
+    """
+
+    path: Path
+    files: tuple[PinnedFile, ...]
+    checkpoint: str
+
+    def __str__(self) -> str:
+        return f"import {self.checkpoint}"
+
+
 RemoteSource = HubSource | IndexSource
-LocalSource = PackageSource | ImportSource
+LocalSource = PackageSource | ImportSource | FolderSource
 
 
 @dataclass(frozen=True)
@@ -123,7 +141,7 @@ class Artefact:
         installs: names of the files that are there once it is installed. If it is only one, that file is the
             artefact; otherwise the folder is.
         sources: in the order in which they are tried; none for what is shipped or imported.
-        shipped: the file that is used in place, for what is not fetched.
+        shipped: the file or folder that is used in place, for what is not fetched.
     """
 
     name: str
@@ -133,6 +151,58 @@ class Artefact:
     installs: tuple[str, ...]
     sources: tuple[RemoteSource, ...]
     shipped: LocalSource | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a user makes an artefact that no catalogue has.
+
+    Attributes:
+        first: what must be there before, and where it is had.
+        command: that makes it.
+        after: what is left to do then.
+    """
+
+    first: str
+    command: str
+    after: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.first}, then run `{self.command}`" + (f", then {self.after}" if self.after else "")
+
+
+RECIPES = {  # by a pattern of names, whose groups fill in the rest
+    r"comneck-(?:codec|neck)-(d\d)-(\d+)": Recipe(
+        r"download \1_\2.pth.tar from the ComNeck authors' release", r"comneck weights import \1_\2.pth.tar"
+    ),
+    r"vit-l-14-336-neck-d1-(\d+)": Recipe(
+        "collect photos, for nobody has published such a neck",
+        r"comneck train neck --profile vit-l-14-336 --codec $(comneck weights path comneck-codec-d1-\1) "
+        r"--photos PHOTOS --cache cache --out runs/\g<0>",
+        r"name runs/\g<0>/neck.safetensors in a catalogue of your own",
+    ),
+    r"llama-7b": Recipe("get LLaMA-7B from Meta", "comneck weights import llama-7b FOLDER"),
+    r"llama-2-7b": Recipe("get LLaMA-2-7B from Meta", "comneck weights import llama-2-7b FOLDER"),
+    r"llama-adapter-caption-vit-l": Recipe(
+        "download llama_adapter_len10_layer30_caption_vit_l.pth from LLaMA-Adapter's release v.1.0.0",
+        "comneck weights import llama-adapter FILE",
+    ),
+    r"shikra-7b": Recipe(
+        "get LLaMA-7B from Meta, and shikras/shikra-7b-delta-v1 from the Hugging Face Hub",
+        "comneck weights import shikra --base LLAMA_FOLDER --delta DELTA_FOLDER",
+    ),
+    r"honeybee-7b": Recipe(
+        "unpack 7B-C-Abs-M144.tar.gz of the Honeybee authors, and put Vicuna-7B's tokenizer.model beside it",
+        "comneck weights import honeybee-7b FOLDER",
+    ),
+    r"llava-1\.5-7b": Recipe(
+        "download llava-hf/llava-1.5-7b-hf from the Hugging Face Hub", "comneck weights import llava-1.5-7b FOLDER"
+    ),
+    r"v2l-codebook": Recipe(
+        "download the folder codebooks of the V2L-Tokenizer authors",
+        "comneck weights import v2l --vocabulary global_vocabulary.npy --embedding global_codebook_embedding.pth",
+    ),
+}
 
 
 @cache
@@ -164,17 +234,21 @@ def find_artefact(name: str, artefacts: Mapping[str, Artefact]) -> Artefact:
     """The artefact of that name.
 
     Raises:
-        UnknownName: there is none; the message lists those there are, or says how it is imported.
+        UnknownName: there is none; the message lists those there are, or says how it is made.
     """
     if name not in artefacts:
-        if release := re.fullmatch(r"comneck-(?:codec|neck)-(d\d)-(\d+)", name):
-            file = f"{release[1]}_{release[2]}.pth.tar"
-            raise UnknownName(
-                f"{name} is not on this machine: download {file} from the ComNeck authors' release, then run "
-                f"`comneck weights import {file}`"
-            )
+        if recipe := find_recipe(name):
+            raise UnknownName(f"{name} is not on this machine: {recipe}")
         raise UnknownName(f"no artefact named {name!r}; there are: {', '.join(artefacts)}")
     return artefacts[name]
+
+
+def find_recipe(name: str) -> Recipe | None:
+    """How the artefact of that name is made; None for names that nobody here knows."""
+    for pattern, recipe in RECIPES.items():
+        if found := re.fullmatch(pattern, name):
+            return Recipe(*map(found.expand, (recipe.first, recipe.command, recipe.after)))
+    return None
 
 
 def read_catalogue(path: Path) -> list[Artefact]:
@@ -203,7 +277,7 @@ def _artefact(table: dict[str, Any], folder: Path) -> Artefact:
     remote = tuple(source for source in sources if isinstance(source, RemoteSource))
     shipped = next((source for source in sources if isinstance(source, LocalSource)), None)
     if not sources or (shipped and len(sources) > 1):
-        raise ValueError("an artefact has one package source, one import source, or sources of the other kinds")
+        raise ValueError("an artefact has one package, import or folder source, or sources of the other kinds")
     fields = {name: value for name, value in table.items() if name != "source"}
     return Artefact(**{**fields, "installs": tuple(table["installs"]), "sources": remote, "shipped": shipped})
 
@@ -222,5 +296,7 @@ def _source(table: dict[str, Any], folder: Path) -> RemoteSource | LocalSource:
         case "import":
             (file,) = files
             return ImportSource(folder / file.name, file, **fields)
+        case "folder":
+            return FolderSource(folder / fields.pop("path"), files, **fields)
         case other:
-            raise ValueError(f"source kind {other!r} is none of hub, index, package, import")
+            raise ValueError(f"source kind {other!r} is none of hub, index, package, import, folder")

@@ -9,9 +9,7 @@ writes it, TIC as TransTIC's. Sizes are told by the tensors; what a file calls i
 from __future__ import annotations
 
 import math
-import pickle
 import re
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count, takewhile
@@ -20,6 +18,7 @@ from statistics import mode
 from typing import TYPE_CHECKING, Any
 
 from shared.errors import BadInput
+from shared.weights.folders import load_pickle
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,7 +54,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     from shared.codecs.artefact import check_tensors
 
-    content = _load(path)
+    content = load_pickle(path)
     if not isinstance(content, Mapping):
         raise BadInput(f"{path.name} is no checkpoint: it holds a {type(content).__name__} instead of a dictionary")
     bare = "state_dict" not in content
@@ -76,28 +75,6 @@ def read_checkpoint(path: Path) -> Checkpoint:
     network = _network(family, config)
     network.load_state_dict(tensors)
     return Checkpoint(network.eval().requires_grad_(False), bottleneck, neck)
-
-
-def _load(path: Path) -> Any:
-    import torch
-
-    if not path.is_file():
-        raise BadInput(f"{path} is no file: give the checkpoint as it was downloaded")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except OSError as problem:
-        raise BadInput(f"{path} cannot be read: {problem.strerror or problem}") from problem
-    except pickle.UnpicklingError as problem:  # its text advises to read the file as code
-        if found := re.search(r"GLOBAL ([\w.]+)", str(problem)):
-            reason = f"is refused: to read it would run {found[1]}, and a checkpoint is read as data only"
-        else:
-            reason = "cannot be read as a checkpoint of PyTorch: it is another kind of file, or damaged"
-        raise BadInput(f"{path.name} {reason}") from problem
-    except Exception as problem:  # whatever damage makes a reader of archives and pickles stumble over
-        raise BadInput(
-            f"{path.name} cannot be read as a checkpoint of PyTorch ({type(problem).__name__}): it is another kind of "
-            "file, or damaged; download it again"
-        ) from problem
 
 
 def _state_dict(path: Path, part: str, content: Any) -> Tensors:

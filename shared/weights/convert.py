@@ -5,20 +5,35 @@
 Whatever source an artefact came from, it lies in the cache the same way. A catalogue names a converter as
 ``module:function``; it takes the folder with the source's files and an empty folder to fill, and reads data only:
 nothing that is fetched is ever executed.
+
+What a user brings is converted here as well, by ``comneck weights import``.
 """
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shared.errors import WeightsUnavailable
+from shared.errors import BadInput, WeightsUnavailable
+from shared.weights.folders import TensorFolder
+from shared.weights.models import LLAMA_ADAPTER, NEEDLESS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Tensors = dict[str, "Tensor"]
+
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+SHARD = 1 << 29  # bytes of tensors in one file of those that we write in several
 
 _LAYER_PARTS = {  # of a CLIP block, Hugging Face's name -> OpenAI's
     "layer_norm1": "ln_1",
@@ -61,6 +76,73 @@ def language_model_from_gguf(fetched: Path, installed: Path) -> None:
             [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
         )
     tokenizer.save_pretrained(installed)
+
+
+def shikra_from_delta(base: Path, delta: Path, made: Path, shard: int = SHARD) -> None:
+    """LLaMA-7B and what Shikra's authors publish -> a Hugging Face folder in float16, with the delta's tokenizer.
+
+    Tensors that both have are added, in float16. Rows that LLaMA has not (the embeddings of new tokens) and tensors
+    that it has not (the projector) are the delta's. At any time no more than a shard of each is in memory.
+
+    Raises:
+        BadInput: a sum is not finite: one of the two is not what it should be.
+    """
+    import torch
+    from safetensors.torch import save_file
+    from tqdm import tqdm
+
+    specs = {name: spec for name, spec in TensorFolder(delta).specs.items() if not name.endswith(NEEDLESS)}
+    sizes = {name: 2 * spec.numel() for name, spec in specs.items()}
+    shards: list[list[str]] = [[]]
+    for name, size in sizes.items():
+        if sum(sizes[other] for other in shards[-1]) + size > shard and shards[-1]:
+            shards.append([])
+        shards[-1].append(name)
+    places = {}
+    with tqdm(desc="adding", total=sum(sizes.values()), unit="B", unit_scale=True, disable=None) as bar:
+        for number, names in enumerate(shards, start=1):
+            theirs, llama = TensorFolder(delta), TensorFolder(base)  # anew: what was mapped before is let go
+            file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+            tensors = {}
+            for name in names:
+                tensors[name] = theirs[name].to(torch.float16, copy=True)
+                if name in llama:
+                    rows = llama[name].to(torch.float16)
+                    tensors[name][: len(rows)] += rows
+                if not tensors[name].isfinite().all():
+                    raise BadInput(f"{name} of {base} and {delta} adds up to values that are not finite")
+                places[name] = file
+                bar.update(sizes[name])
+            save_file(tensors, made / file, metadata={"format": "pt"})
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+    (made / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+    config = TensorFolder(delta).config | {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "torch_dtype": "float16",
+    }
+    (made / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    for name in TOKENIZER_FILES:
+        if (delta / name).is_file():
+            shutil.copyfile(delta / name, made / name)
+
+
+def llama_adapter_from_published(path: Path, made: Path) -> None:
+    """LLaMA-Adapter's captioning release -> our connector, a safetensors file in float32.
+
+    Raises:
+        BadInput: a value is not finite.
+    """
+    import torch
+
+    from shared.weights.digest import save_tensors
+
+    published = TensorFolder(path)
+    names = [name for name in published if name.startswith(("clip_proj", "visual_", "cap_adapter_query"))]
+    first = LLAMA_ADAPTER["llm_layers"] - LLAMA_ADAPTER["adapted_layers"]
+    gates = [published[f"layers.{i}.attention.cap_gate"] for i in range(first, LLAMA_ADAPTER["llm_layers"])]
+    tensors = {name: published[name] for name in names} | {"cap_gate": torch.stack(gates)}
+    save_tensors(made, tensors, "float32", {"config": json.dumps(LLAMA_ADAPTER | {"heads": 16})})
 
 
 def read_int8_onnx(path: Path) -> Tensors:

@@ -4,18 +4,23 @@
         comneck-d1-2.imported.toml                    the catalogue of one import, pins included
         comneck-codec-d1-2.3f2a9c1e77aa.safetensors   what it pins, named after its SHA-256
         comneck-neck-d1-2.90b11d4be5c8.safetensors
+        shikra-7b.imported.toml
+        shikra-7b.1c0e5d2f90ab/                       likewise, a folder
+        llama-7b.imported.toml                        pins a folder that stays where the user keeps it
 
 The catalogue is what makes them exist. It is put in place last and at once, so that an import which ends early leaves
-everything as it was, and one that replaces another never mixes with it. The three may be copied to another machine.
+everything as it was, and one that replaces another never mixes with it. What lies there may be copied elsewhere.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import re
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
@@ -23,12 +28,19 @@ from typing import get_args
 from shared.bitstream import QUALITIES, Scenario
 from shared.errors import BadInput, WeightsUnavailable
 from shared.home import home
+from shared.memory import gigabytes
 from shared.weights.catalogue import Kind, PinnedFile, catalogue, catalogue_paths, read_catalogue
 from shared.weights.checkpoints import Checkpoint, read_checkpoint
+from shared.weights.convert import TOKENIZER_FILES, llama_adapter_from_published, shikra_from_delta
 from shared.weights.fetch import sha256
+from shared.weights.folders import TensorFolder, listed
+from shared.weights.models import MODELS, PublishedModel, check
 from shared.weights.store import plain_errors, sync, turn
 
 LICENCE = "unknown; see where it came from"
+Say = Callable[[str], object]
+
+_OURS = re.compile(r"\.[0-9a-f]{12}(\.safetensors)?$")  # names of what is made here end so
 
 
 @dataclass(frozen=True)
@@ -57,18 +69,102 @@ class Imported:
     @property
     def catalogue(self) -> Path:
         """Where its artefacts are catalogued."""
-        title = self.codec if self.neck is None else f"comneck-{self.scenario}-{self.quality}"
-        return home() / "catalogues" / f"{title}.imported.toml"
+        return _catalogue_of(self.codec if self.neck is None else f"comneck-{self.scenario}-{self.quality}")
 
 
 @dataclass(frozen=True)
 class _Made:
-    """A finished file that is not in place yet."""
+    """What is finished and not catalogued yet.
+
+    Attributes:
+        path: of a file or a folder in the workshop, or of a folder that stays where it is.
+        files: of a folder, those in it that matter; none for all.
+    """
 
     path: Path
     name: str
     kind: Kind
     summary: str
+    licence: str = LICENCE
+    files: tuple[str, ...] = ()
+
+
+def import_model(name: str, path: Path, say: Say = lambda line: None) -> str:
+    """Catalogues a published model's folder, to be used where it lies; returns the artefact's name.
+
+    Raises:
+        BadInput: its tensors, configuration or tokenizer are not the model's; a name that another catalogue has.
+        WeightsUnavailable: the cache folder cannot be written.
+    """
+    model, path = MODELS[name], path.resolve()
+    _check(model, path)
+    with _workshop(_catalogue_of(name), [name], say) as workshop:
+        weights = TensorFolder(path).files
+        say(f"{name}: hashing {gigabytes(sum(file.stat().st_size for file in weights))}")
+        described = ("config.json", "params.json", *TOKENIZER_FILES)
+        files = [*(file.name for file in weights), *(file for file in described if (path / file).is_file())]
+        made = _Made(path, name, model.kind, model.summary, model.licence, tuple(files))
+        _install([made], _catalogue_of(name), workshop, path.name)
+    return name
+
+
+def import_shikra(base: Path, delta: Path, say: Say = lambda line: None) -> str:
+    """Makes Shikra of LLaMA-7B and the delta that its authors publish; returns the artefact's name.
+
+    Raises:
+        BadInput: one of the two is not what it should be; a name that another catalogue has.
+        WeightsUnavailable: the cache folder cannot be written, or its disk is too full.
+    """
+    model = MODELS["shikra-7b"]
+    _check(MODELS["llama-7b"], base, tokenizer=False)
+    _check(model, delta)
+    with _workshop(_catalogue_of(model.name), [model.name], say) as workshop:
+        needed, free = sum(2 * math.prod(shape) for shape in model.shapes.values()), shutil.disk_usage(workshop).free
+        if needed > free:
+            raise WeightsUnavailable(
+                f"{model.name} takes {gigabytes(needed)}, and the disk of {home()} has {gigabytes(free)} free: free "
+                "some space, or set COMNECK_HOME to another folder"
+            )
+        made = _Made(workshop / model.name, model.name, model.kind, model.summary, model.licence)
+        made.path.mkdir()
+        say(f"{model.name}: adding {delta.name} to {base.name}, {gigabytes(needed)}")
+        shikra_from_delta(base, delta, made.path)
+        _install([made], _catalogue_of(model.name), workshop, delta.name)
+    return model.name
+
+
+def import_llama_adapter(path: Path, say: Say = lambda line: None) -> str:
+    """Makes a connector of LLaMA-Adapter's captioning release; returns the artefact's name.
+
+    Raises:
+        BadInput: it is another file, or has values that are not finite; a name that another catalogue has.
+        WeightsUnavailable: the cache folder cannot be written.
+    """
+    model = MODELS["llama-adapter-caption-vit-l"]
+    _check(model, path)
+    with _workshop(_catalogue_of(model.name), [model.name], say) as workshop:
+        made = _Made(workshop / model.name, model.name, model.kind, model.summary, model.licence)
+        llama_adapter_from_published(path, made.path)
+        _install([made], _catalogue_of(model.name), workshop, path.name)
+    return model.name
+
+
+def import_v2l(vocabulary: Path, embedding: Path, say: Say = lambda line: None) -> str:
+    """Makes a codebook of what the V2L-Tokenizer authors publish; returns the artefact's name.
+
+    Raises:
+        BadInput: what ``codebook_from_published`` raises; a name that another catalogue has.
+        WeightsUnavailable: the cache folder cannot be written.
+    """
+    from shared.weights.codebook import codebook_from_published
+
+    name, codebook = "v2l-codebook", codebook_from_published(vocabulary, embedding)
+    with _workshop(_catalogue_of(name), [name], say) as workshop:
+        summary = f"V2L-Tokenizer's global codebook, {len(codebook.words):,} words"
+        made = _Made(workshop / name, name, "connector", summary)
+        codebook.save(made.path)
+        _install([made], _catalogue_of(name), workshop, embedding.name)
+    return name
 
 
 def import_checkpoint(
@@ -76,7 +172,7 @@ def import_checkpoint(
     name: str | None = None,
     scenario: str | None = None,
     quality: int | None = None,
-    say: Callable[[str], object] = lambda line: None,
+    say: Say = lambda line: None,
 ) -> Imported:
     """Makes artefacts of a checkpoint, all of them or none; importing it again replaces them.
 
@@ -97,18 +193,40 @@ def import_checkpoint(
     what = f"{network.family} N={network.N} M={network.M}"
     say(f"{path.name}: {what}, {'and its neck' if checkpoint.neck else 'without a neck'}")
     plan = _plan(path, checkpoint, name, scenario, quality)
-    folder = plan.catalogue.parent
-    with plain_errors(home()), turn(folder / ".import.lock", "another process is importing; waiting", say):
-        _check_free(plan)
-        building = folder / ".import.new"
-        shutil.rmtree(building, ignore_errors=True)  # of a process that was killed
-        building.mkdir()
-        try:
-            made, digest = _make(checkpoint, plan, f"{what}, quality {plan.quality}", building, say)
-            _install(made, plan.catalogue, path.name)
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
+    with _workshop(plan.catalogue, plan.names, say) as workshop:
+        made, digest = _make(checkpoint, plan, f"{what}, quality {plan.quality}", workshop, say)
+        _install(made, plan.catalogue, workshop, path.name)
     return replace(plan, codec_digest=digest)
+
+
+def _catalogue_of(title: str) -> Path:
+    return home() / "catalogues" / f"{title}.imported.toml"
+
+
+def _check(model: PublishedModel, path: Path, tokenizer: bool = True) -> None:
+    if problems := check(model, path, tokenizer).problems:
+        raise BadInput(f"{path} is not {model.summary}: {listed(problems)}")
+
+
+@contextmanager
+def _workshop(catalogued: Path, names: list[str], say: Say) -> Iterator[Path]:
+    """A folder to make artefacts of these names in, beside their catalogue, while no other process imports."""
+    from safetensors import SafetensorError
+
+    folder = catalogued.parent
+    workshop = folder / ".import.new"
+    with plain_errors(home()), turn(folder / ".import.lock", "another process is importing; waiting", say):
+        _check_free(catalogued, names)
+        shutil.rmtree(workshop, ignore_errors=True)  # of a process that was killed
+        workshop.mkdir()
+        try:
+            yield workshop
+        except SafetensorError as problem:  # its way to say that the disk is full
+            raise WeightsUnavailable(
+                f"{folder} cannot be written: {problem}; free some space, or set COMNECK_HOME to another folder"
+            ) from problem
+        finally:
+            shutil.rmtree(workshop, ignore_errors=True)
 
 
 def _plan(path: Path, checkpoint: Checkpoint, name: str | None, scenario: str | None, quality: int | None) -> Imported:
@@ -140,21 +258,18 @@ def _plan(path: Path, checkpoint: Checkpoint, name: str | None, scenario: str | 
     return Imported(f"comneck-codec-{scenario}-{quality}", f"comneck-neck-{scenario}-{quality}", scenario, quality)
 
 
-def _check_free(plan: Imported) -> None:
+def _check_free(catalogued: Path, names: list[str]) -> None:
     """Raises BadInput if another catalogue has one of the names."""
     for origin, path in catalogue_paths().items():
-        if path != plan.catalogue:
-            taken = {artefact.name for artefact in read_catalogue(path)}.intersection(plan.names)
+        if path != catalogued:
+            taken = {artefact.name for artefact in read_catalogue(path)}.intersection(names)
             if taken:
                 raise BadInput(f"the name {min(taken)} is taken in the catalogue {origin}: delete it there first")
 
 
-def _make(
-    checkpoint: Checkpoint, plan: Imported, summary: str, folder: Path, say: Callable[[str], object]
-) -> tuple[list[_Made], str]:
+def _make(checkpoint: Checkpoint, plan: Imported, summary: str, folder: Path, say: Say) -> tuple[list[_Made], str]:
     """Writes the artefacts to a folder: what they are, and the codec's digest."""
     import torch
-    from safetensors import SafetensorError
 
     from shared.codecs.artefact import read_artefact, write_artefact
     from shared.weights.digest import save_tensors
@@ -162,65 +277,90 @@ def _make(
     made = [_Made(folder / plan.codec, plan.codec, "codec", summary)]
     say(f"{plan.codec}: making its entropy path in integers; half a minute for the largest")
     qualities = {plan.quality: (torch.ones(checkpoint.network.M), torch.ones(checkpoint.network.M))}
-    try:
-        codec = made[0].path
-        write_artefact(codec, checkpoint.network, checkpoint.bottleneck, qualities, storage="float32", trainable=True)
-        digest = read_artefact(codec).digest
-        if plan.neck:
-            say(f"{plan.neck}: writing")
-            made.append(_Made(folder / plan.neck, plan.neck, "neck", f"Transform-neck from {summary}"))
-            metadata = {"scenario": str(plan.scenario), "quality": str(plan.quality)}
-            save_tensors(made[1].path, checkpoint.neck, "float32", metadata)
-    except SafetensorError as problem:  # its way to say that the disk is full
-        raise WeightsUnavailable(
-            f"{folder} cannot be written: {problem}; free some space, or set COMNECK_HOME to another folder"
-        ) from problem
+    codec = made[0].path
+    write_artefact(codec, checkpoint.network, checkpoint.bottleneck, qualities, storage="float32", trainable=True)
+    digest = read_artefact(codec).digest
+    if plan.neck:
+        say(f"{plan.neck}: writing")
+        made.append(_Made(folder / plan.neck, plan.neck, "neck", f"Transform-neck from {summary}"))
+        metadata = {"scenario": str(plan.scenario), "quality": str(plan.quality)}
+        save_tensors(made[1].path, checkpoint.neck, "float32", metadata)
     return made, digest
 
 
-def _install(made: list[_Made], catalogued: Path, checkpoint: str) -> None:
-    """Puts the files in place, then the catalogue that pins them, and removes those of the import it replaces."""
+def _install(made: list[_Made], catalogued: Path, workshop: Path, checkpoint: str) -> None:
+    """Puts what was made in place, then the catalogue that pins it, and removes that of the import it replaces."""
     old: set[Path] = set()
     with suppress(BadInput):  # none yet, or none that makes sense
         old = {artefact.shipped.path for artefact in read_catalogue(catalogued) if artefact.shipped}
-    folder, draft = catalogued.parent, made[0].path.with_name(catalogued.name)
+    folder, draft = catalogued.parent, workshop / catalogued.name
     draft.write_text("# Written by `comneck weights import`, which replaces it.\n", encoding="utf-8")
     new: set[Path] = set()
     for each in made:
-        digest = sha256(each.path)
-        file = PinnedFile(f"{each.name}.{digest[:12]}.safetensors", each.path.stat().st_size, digest)
+        place, pins = _place(each, folder, workshop)
         with draft.open("a", encoding="utf-8") as out:
-            out.write(_entry(each, file, checkpoint))
-        each.path.chmod(draft.stat().st_mode)  # safetensors writes files that only their owner can read
-        sync(each.path)
-        new.add(each.path.replace(folder / file.name))
+            out.write(_entry(each, place, pins, checkpoint))
+        if place != each.path:
+            for path in [*each.path.rglob("*"), each.path]:
+                if path.is_file():
+                    path.chmod(draft.stat().st_mode)  # safetensors writes files that only their owner can read
+                sync(path)
+            if place.is_dir():  # of an import of the same bytes
+                place.replace(workshop / f"{each.name}.old")
+            each.path.replace(place)
+        new.add(place)
     sync(draft)
     sync(folder)
     draft.replace(catalogued)
     sync(folder)
     catalogue.cache_clear()
     for path in old - new:
-        with suppress(OSError):  # a process may have it open, on systems where that matters
-            path.unlink()
+        if path.parent == folder and _OURS.search(path.name):  # never a folder that a user keeps
+            with suppress(OSError):  # a process may have it open, on systems where that matters
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _entry(made: _Made, file: PinnedFile, checkpoint: str) -> str:
+def _place(made: _Made, folder: Path, workshop: Path) -> tuple[Path, tuple[PinnedFile, ...]]:
+    """Where something made is to lie, and its files as they are there."""
+    if made.path.is_file():
+        digest = sha256(made.path)
+        place = folder / f"{made.name}.{digest[:12]}.safetensors"
+        return place, (PinnedFile(place.name, made.path.stat().st_size, digest),)
+    names = made.files or sorted(path.relative_to(made.path).as_posix() for path in made.path.rglob("*"))
+    pins = tuple(PinnedFile(name, (made.path / name).stat().st_size, sha256(made.path / name)) for name in names)
+    if workshop not in made.path.parents:
+        return made.path, pins
+    digest = hashlib.sha256("".join(pin.sha256 for pin in pins).encode()).hexdigest()
+    return folder / f"{made.name}.{digest[:12]}", pins
+
+
+def _entry(made: _Made, place: Path, pins: tuple[PinnedFile, ...], checkpoint: str) -> str:
     """One artefact, as catalogues have it."""
-    return f"""
-[[artefact]]
-name = {_quoted(made.name)}
-kind = {_quoted(made.kind)}
-summary = {_quoted(made.summary)}
-licence = {_quoted(LICENCE)}
-installs = ["model.safetensors"]
+    if made.path.is_file():
+        kind, installs = "import", ["model.safetensors"]
+    else:
+        kind, installs = "folder", [pin.name for pin in pins]
+    lines = [
+        "",
+        "[[artefact]]",
+        f"name = {_quoted(made.name)}",
+        f"kind = {_quoted(made.kind)}",
+        f"summary = {_quoted(made.summary)}",
+        f"licence = {_quoted(made.licence)}",
+        f"installs = [{', '.join(map(_quoted, installs))}]",
+        "",
+        "[[artefact.source]]",
+        f"kind = {_quoted(kind)}",
+        f"checkpoint = {_quoted(checkpoint)}",
+    ]
+    if kind == "folder":
+        lines.append(f"path = {_quoted(str(place) if place == made.path else place.name)}")
+    lines += ["files = [", *(_pin(pin) for pin in pins), "]", ""]
+    return "\n".join(lines)
 
-[[artefact.source]]
-kind = "import"
-checkpoint = {_quoted(checkpoint)}
-files = [
-    {{ name = {_quoted(file.name)}, size = {file.size}, sha256 = {_quoted(file.sha256)} }},
-]
-"""
+
+def _pin(pin: PinnedFile) -> str:
+    return f"    {{ name = {_quoted(pin.name)}, size = {pin.size}, sha256 = {_quoted(pin.sha256)} }},"
 
 
 def _quoted(text: str) -> str:

@@ -27,8 +27,9 @@ from shared.errors import WeightsUnavailable
 from shared.home import home as default_folder
 from shared.weights.catalogue import (
     Artefact,
-    ImportSource,
+    FolderSource,
     LocalSource,
+    PackageSource,
     PinnedFile,
     RemoteSource,
     catalogue,
@@ -48,8 +49,8 @@ class Status:
     """How an artefact stands on this machine, as far as a look at names and sizes tells.
 
     Attributes:
-        state: ``shipped`` is part of a package, ``imported`` was made of a user's checkpoint, ``installed`` is in the
-            cache, ``damaged`` is there but not as it was installed.
+        state: ``shipped`` is part of a package, ``imported`` was made of a user's checkpoint or is one, ``installed``
+            is in the cache, ``damaged`` is there but not as it was installed.
         path: of the file or folder; None if it is missing or damaged.
         size: bytes on this disk; of a missing one, bytes to fetch from its first source.
         origin: the source it came from; of a missing one, its first source.
@@ -187,11 +188,13 @@ class Store:
             UnknownName: no such artefact.
             WeightsUnavailable: it is missing, or a file is not what was installed (or shipped, or imported).
         """
-        path, artefact = self.path(name), self.artefacts[name]
+        self.path(name)
+        artefact = self.artefacts[name]
         with plain_errors(self.home):
             if artefact.shipped:
-                if sha256(path) != artefact.shipped.file.sha256:
-                    raise WeightsUnavailable(f"{name} is damaged: {path} has changed; {_restore(artefact.shipped)}")
+                for path, file in _pinned(artefact.shipped).items():
+                    if sha256(path) != file.sha256:
+                        raise WeightsUnavailable(f"{name} is damaged: {path} has changed; {_restore(artefact.shipped)}")
                 return
             folder = self._folder(name)
             receipt = _Receipt.read(folder)
@@ -202,15 +205,21 @@ class Store:
     def digest(self, name: str) -> str:
         """SHA-256 of the artefact's tensors file, in hex, as pinned or as installed; nothing is read again.
 
+        Of several such files it is the SHA-256 of theirs, in hex, one after another.
+
         Raises:
             UnknownName, WeightsUnavailable: as ``path``.
         """
         self.path(name)
         artefact = self.artefacts[name]
         if artefact.shipped:
-            return artefact.shipped.file.sha256
-        receipt = _Receipt.read(self._folder(name))
-        return next(file.sha256 for file in receipt.files if file.name == "model.safetensors") if receipt else ""
+            files = tuple(_pinned(artefact.shipped).values())
+        else:
+            receipt = _Receipt.read(self._folder(name))
+            files = receipt.files if receipt else ()
+        tensors = [file for file in files if file.name.endswith((".safetensors", ".bin", ".pth"))] or files
+        digests = [file.sha256 for file in tensors]
+        return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
     def _folder(self, name: str) -> Path:
         return self.home / "weights" / name
@@ -345,20 +354,30 @@ def _swap_in(building: Path, folder: Path) -> None:
 
 
 def _status_of_shipped(artefact: Artefact, source: LocalSource) -> Status:
-    imported = isinstance(source, ImportSource)
-    size = _size(source.path)
-    if size == source.file.size:
-        return Status(artefact, "imported" if imported else "shipped", source.path, size, str(source))
-    found = f"has {size:,} bytes instead of {source.file.size:,}" if size else "is missing"
-    origin = "was imported" if imported else "is part of an installed package"
-    problem = f"{artefact.name} {origin}, but {source.path} {found}: {_restore(source)}"
-    return Status(artefact, "damaged" if size else "missing", None, size or source.file.size, str(source), problem)
+    pinned = _pinned(source)
+    size, wanted = sum(map(_size, pinned)), sum(file.size for file in pinned.values())
+    for path, file in pinned.items():
+        if (found := _size(path)) != file.size:
+            origin = "is part of an installed package" if isinstance(source, PackageSource) else "was imported"
+            state = f"has {found:,} bytes instead of {file.size:,}" if found else "is missing"
+            problem = f"{artefact.name} {origin}, but {path} {state}: {_restore(source)}"
+            return Status(artefact, "damaged" if size else "missing", None, size or wanted, str(source), problem)
+    return Status(
+        artefact, "shipped" if isinstance(source, PackageSource) else "imported", source.path, size, str(source)
+    )
+
+
+def _pinned(source: LocalSource) -> dict[Path, PinnedFile]:
+    """Where each of its files is."""
+    if isinstance(source, FolderSource):
+        return {source.path / file.name: file for file in source.files}
+    return {source.path: source.file}
 
 
 def _restore(source: LocalSource) -> str:
-    if isinstance(source, ImportSource):
-        return f"import {source.checkpoint} again (`comneck weights import`)"
-    return "install the package again"
+    if isinstance(source, PackageSource):
+        return "install the package again"
+    return f"import {source.checkpoint} again (`comneck weights import`)"
 
 
 def _pins(source: RemoteSource) -> dict[str, str]:

@@ -92,16 +92,31 @@ def input_of(spec: dict[str, Any], values: np.ndarray) -> np.ndarray:
 
 
 @pytest.fixture(scope="session")
-def golden():
-    """Loads a case by name, or skips where the folder is absent."""
+def folder() -> Path:
+    """That of the golden cases; skips where it is absent."""
+    if not (FOLDER / "MANIFEST.json").exists():
+        pytest.skip(f"no golden cases: {FOLDER} is absent; set COMNECK_GOLDEN to their folder")
+    return FOLDER
+
+
+@pytest.fixture(scope="session")
+def golden(folder: Path):
+    """Loads a case by name."""
 
     def load(name: str) -> Golden:
-        manifest = FOLDER / "MANIFEST.json"
-        if not manifest.exists():
-            pytest.skip(f"no golden cases: {FOLDER} is absent; set COMNECK_GOLDEN to their folder")
-        cases = json.loads(manifest.read_text())["cases"]
+        cases = json.loads((folder / "MANIFEST.json").read_text())["cases"]
         (case,) = (case for case in cases if case["case"] == name)
-        with np.load(FOLDER / case["file"]) as arrays:
+        with np.load(folder / case["file"]) as arrays:
             return Golden(case, dict(arrays))
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def facts(folder: Path):
+    """Loads one of the files that hold texts and boxes instead of arrays, by name."""
+
+    def load(name: str) -> Any:
+        return json.loads((folder / f"{name}.json").read_text())
 
     return load

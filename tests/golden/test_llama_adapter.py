@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
-from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache
 
-from cloud_server.backends import gated_attention
+from cloud_server.backends.language_model import load_model
 from cloud_server.backends.llama_adapter import Connector
 from cloud_server.generation import nucleus_probabilities
 
@@ -35,20 +37,14 @@ def test_the_connector_reproduces_the_originals_visual_tokens(golden) -> None:
 
 
 @torch.inference_mode()
-def test_a_small_llama_with_adapters_writes_the_originals_logits_step_by_step(golden) -> None:
+def test_a_small_llama_in_metas_layout_with_adapters_writes_the_originals_logits(golden, tmp_path: Path) -> None:
     case = golden("llama_adapter_v1_tiny_llm")
     weights = case.weights()
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        vocab_size=50,
-        rms_norm_eps=1e-6,
-        attn_implementation=gated_attention.NAME,
-    )
-    llm = LlamaForCausalLM(config).eval()
-    llm.load_state_dict(from_meta(weights, heads=4))
+    llama = {name: value for name, value in weights.items() if not name.endswith(("gate", "adapter_query.weight"))}
+    torch.save(llama, tmp_path / "consolidated.00.pth")
+    params = {"dim": 64, "multiple_of": 256, "n_heads": 4, "n_layers": 4, "norm_eps": 1e-6, "vocab_size": -1}
+    (tmp_path / "params.json").write_text(json.dumps(params))
+    llm = load_model(tmp_path, torch.device("cpu"), torch.float32)
     connector = Connector(
         clip_width=8, width=8, heads=1, blocks=1, length=10, llm_width=64, llm_layers=4, llm_heads=4, adapted_layers=3
     )
@@ -68,34 +64,3 @@ def test_the_nucleus_is_the_originals(golden) -> None:
     case = golden("llama_adapter_v1_sampling")
     ours = nucleus_probabilities(case.input("logits"), temperature=0.1, top_p=0.75)
     torch.testing.assert_close(ours, torch.from_numpy(case.arrays["nucleus_probabilities"]), atol=1e-5, rtol=1e-4)
-
-
-def from_meta(weights: dict[str, Tensor], heads: int) -> dict[str, Tensor]:
-    """Meta's LLaMA layout to transformers': names, and the order in which rotary pairs lie."""
-
-    def pairs_to_halves(weight: Tensor) -> Tensor:
-        rows, columns = weight.shape
-        return weight.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
-
-    names = {
-        "attention.wq": "self_attn.q_proj",
-        "attention.wk": "self_attn.k_proj",
-        "attention.wv": "self_attn.v_proj",
-        "attention.wo": "self_attn.o_proj",
-        "feed_forward.w1": "mlp.gate_proj",
-        "feed_forward.w2": "mlp.down_proj",
-        "feed_forward.w3": "mlp.up_proj",
-        "attention_norm": "input_layernorm",
-        "ffn_norm": "post_attention_layernorm",
-    }
-    converted = {
-        "model.embed_tokens.weight": weights["tok_embeddings.weight"],
-        "model.norm.weight": weights["norm.weight"],
-        "lm_head.weight": weights["output.weight"],
-    }
-    for name, value in weights.items():
-        if name.startswith("layers.") and not name.endswith("gate"):
-            _, layer, part = name.removesuffix(".weight").split(".", 2)
-            rotary = part in ("attention.wq", "attention.wk")
-            converted[f"model.layers.{layer}.{names[part]}.weight"] = pairs_to_halves(value) if rotary else value
-    return converted

@@ -92,7 +92,7 @@ def test_a_name_that_is_taken_is_refused(tmp_path: Path, monkeypatch):
         (ARTEFACT + SOURCE.replace("package", "ftp"), "'ftp' is none of hub, index, package"),
         (ARTEFACT + SOURCE.replace("sha256", "md5"), "md5"),
         (ARTEFACT.replace("licence", "license") + SOURCE, "license"),
-        (ARTEFACT + SOURCE + SOURCE, "one package source"),
+        (ARTEFACT + SOURCE + SOURCE, "one package, import or folder source"),
     ],
 )
 def test_a_catalogue_that_makes_no_sense_is_refused_with_the_place(tmp_path: Path, text: str, reason: str):

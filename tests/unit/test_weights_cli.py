@@ -5,9 +5,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from shared import profiles
 from shared.errors import UnknownName, WeightsUnavailable
 from shared.weights import store as module
 from shared.weights.catalogue import read_catalogue
@@ -81,7 +83,7 @@ def test_path_prints_the_path_alone(capsys, machine: Path):
 
 def test_pull_says_which_source_failed_and_raises(capsys):
     with pytest.raises(WeightsUnavailable, match="tiny-llm cannot be had from any source"):
-        weights("pull")
+        weights("pull", "tiny-llm")
     assert "tiny-llm: hub someone/tiny failed" in capsys.readouterr().err
 
 
@@ -89,6 +91,20 @@ def test_a_misspelt_name_is_found_before_anything_is_fetched(capsys):
     with pytest.raises(UnknownName, match="'tiny-lm'; there are: tiny-codec, tiny-llm"):
         weights("pull", "tiny-llm", "tiny-lm")
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("profile", [("--profile", "paper"), ()], ids=["named", "default"])
+def test_pull_of_a_profile_gets_what_can_be_had_and_says_how_the_rest_is_brought(capsys, monkeypatch, profile):
+    needed = ["comneck-codec-d1-2", "tiny-codec", "llama-7b"]
+    monkeypatch.setattr(profiles, "get_profile", lambda name: SimpleNamespace(server_artefacts=lambda: needed))
+    with pytest.raises(
+        WeightsUnavailable, match=r"2 of 3 .* are for you to bring: comneck-codec-d1-2, llama-7b; `comneck"
+    ):
+        weights("pull", *profile)
+    said = capsys.readouterr()
+    assert said.out.splitlines()[1].split()[0] == "tiny-codec"
+    assert "then run `comneck weights import d1_2.pth.tar`" in said.err
+    assert "then run `comneck weights import llama-7b FOLDER`" in said.err
 
 
 def test_verify_looks_at_all_that_is_here(capsys):
