@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from shared.bitstream import Bitstream
+from shared.errors import BadInput, UnknownName
 
 Part = str | Bitstream
 Task = Literal["text", "choice", "box", "label"]
@@ -48,7 +49,7 @@ class Conversation:
         parts: text or bitstreams.
         backend: name of the backend that is to answer; empty for the server's default.
         generation: how the answer is written.
-        task: what kind of answer is wanted; None for what the backend is made for.
+        task: what kind of answer is wanted; None for what the backend is made for, or a choice where there are choices.
         choices: for the task ``choice``, what may be chosen.
 
     For the task ``label``, parts are examples, each a photo and then its label, and last the photo to be labelled.
@@ -144,6 +145,28 @@ class ServerProfile:
     max_images: int
     max_tokens: int
     version: str
+
+    def backend_for(self, name: str, task: Task | None, choices: Sequence[str] = ()) -> tuple[str, Task]:
+        """Who answers and how: the backend of that name, or the first that gives such answers where none is named.
+
+        Where no task is named, choices are there to be chosen from, and without any a backend does what else it does.
+
+        Raises:
+            UnknownName: there is no backend of that name.
+            BadInput: it, or whoever there is, does not give such answers.
+        """
+        if name and name not in self.backends:
+            raise UnknownName(f"no backend named {name!r} here; there are: {', '.join(self.backends)}")
+        if task is None and choices:
+            task = "choice"
+        able = [other for other, tasks in self.backends.items() if task is None or task in tasks]
+        chosen = name or next(iter(able), "")
+        if chosen not in able:
+            who = f"backend {name!r} answers with {' or '.join(self.backends[name])}, not with {task}: " if name else ""
+            hint = f"ask {' or '.join(able)}" if able else f"no backend here answers with {task}"
+            raise BadInput(who + hint)
+        own = self.backends[chosen]
+        return chosen, next((each for each in own if each == task or task is None and each != "choice"), own[0])
 
     @property
     def offer(self) -> str:

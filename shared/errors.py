@@ -117,6 +117,13 @@ class ServerFailed(ComneckError):
     title = "server failed"
 
 
+class NothingFound(ComneckError):
+    """An answer that does not hold what is to be done something with: no box to draw, for one."""
+
+    exit_code = 13
+    title = "nothing found"
+
+
 def all_errors() -> list[type[ComneckError]]:
     """Every error class, by exit code: what --help, the docs and the clients' decoding are made from."""
     found: list[type[ComneckError]] = []

@@ -32,7 +32,15 @@ if TYPE_CHECKING:
     from shared.profiles import BackendSpec, Profile
 
 backends = Registry(
-    "backend", "comneck.backends", {"llama-adapter": "cloud_server.backends.llama_adapter:LlamaAdapter"}
+    "backend",
+    "comneck.backends",
+    {
+        "llama-adapter": "cloud_server.backends.llama_adapter:LlamaAdapter",
+        "honeybee": "cloud_server.backends.honeybee:Honeybee",
+        "shikra": "cloud_server.backends.shikra:Shikra",
+        "llava": "cloud_server.backends.llava:Llava",
+        "v2l-tokenizer": "cloud_server.backends.v2l_tokenizer:V2lTokenizer",
+    },
 )
 
 

@@ -111,7 +111,7 @@ class LlamaAdapter(Backend):
         path = ensure(spec.connector)
         connector = Connector(**json.loads(read_metadata(path)["config"]))
         connector.load_state_dict({name: value.float() for name, value in load_tensors(path).items()})
-        llm = LanguageModel.load(ensure(spec.llm), device)
+        llm = LanguageModel.load(ensure(spec.llm), device, spec.dtype)
         return cls(
             connector.eval().requires_grad_(False).to(device, llm.model.dtype),
             llm,

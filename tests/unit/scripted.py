@@ -16,7 +16,7 @@ from shared.conversation import Answer, Box, Conversation, ServerProfile, Timing
 from shared.images import Photo, Preparation, load_photo, prepare
 
 CODEC_DIGEST = "349eaab3"
-SETTINGS = ServerSettings(grpc_port=0, http_port=0, max_request_bytes=4096, max_images=2)
+SETTINGS = ServerSettings(grpc_port=0, http_port=0, max_request_bytes=4096, max_images=4)
 
 
 @dataclass
@@ -29,6 +29,7 @@ class ScriptedEngine:
         failure: raised before piece number ``fails_at``.
         asked: what the fronts passed on.
         ended: set when an answer ends, however it ends.
+        box: that every answer holds.
     """
 
     pieces: tuple[str, ...] = ("a dog", " runs")
@@ -37,6 +38,7 @@ class ScriptedEngine:
     fails_at: int = 0
     asked: list[Conversation] = field(default_factory=list)
     ended: threading.Event = field(default_factory=threading.Event)
+    box: Box | None = field(default_factory=lambda: Box(1, 2, 3, 4))
 
     def reset(self) -> None:
         self.__init__()  # type: ignore[misc]
@@ -47,7 +49,7 @@ class ScriptedEngine:
             qualities={1: CODEC_DIGEST, 2: CODEC_DIGEST},
             scenario="d1",
             quality=2,
-            backends={"llama-adapter": ("text",), "other": ("box", "text")},
+            backends={"llama-adapter": ("text",), "other": ("box", "choice", "text"), "few": ("label",)},
             max_request_bytes=SETTINGS.max_request_bytes,
             max_images=SETTINGS.max_images,
             max_tokens=SETTINGS.max_tokens,
@@ -73,7 +75,7 @@ class ScriptedEngine:
                 digests={"codec": "c0dec", "llm": "11a"},
                 task=conversation.task or "text",
                 choice=1 if conversation.task == "choice" else None,
-                box=Box(1, 2, 3, 4),
+                box=self.box,
             )
         finally:
             self.ended.set()

@@ -111,13 +111,14 @@ async def test_more_photos_than_the_backend_takes_are_refused(engine: Engine, bi
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
-        ({"task": "box"}, "backend 'llama-adapter' answers with text, not with box: ask other"),
-        ({"task": "label"}, "not with label: no backend here does"),
+        ({"backend": "llama-adapter", "task": "box"}, "answers with text, not with box: ask other"),
+        ({"task": "label"}, "no backend here answers with label"),
+        ({"backend": "other", "task": "text"}, "answers with box or choice, not with text: ask llama-adapter"),
         ({"backend": "other", "task": "choice"}, "two or more choices"),
         ({"backend": "other", "task": "choice", "choices": ("cat",)}, "two or more choices"),
         ({"backend": "other", "task": "choice", "choices": ("cat", "cat")}, "each another"),
         ({"backend": "other", "task": "choice", "choices": ("cat", " ")}, "a choice is empty"),
-        ({"backend": "other", "choices": ("cat", "dog")}, "the answer is to be a box: say task choice"),
+        ({"task": "box", "choices": ("cat", "dog")}, "the answer is to be a box: say task choice"),
         ({"parts": ("where?",), "backend": "other"}, "0 photos; an answer that is a box is about one"),
         ({"parts": (" ",)}, "the prompt is empty"),
     ],

@@ -57,7 +57,7 @@ def test_a_users_profile_is_found_in_their_folder(home: Path) -> None:
     assert get_profile("mine").name == "mine"
 
 
-def test_an_unknown_profile_is_answered_with_those_there_are() -> None:
+def test_an_unknown_profile_is_answered_with_those_there_are(home: Path) -> None:
     with pytest.raises(UnknownName, match="small, vit-l-14"):
         get_profile("huge")
 

@@ -47,7 +47,7 @@ def test_the_profile_tells_what_to_encode(http: httpx.Client) -> None:
     profile = http.get("/v1/profile").json()
     assert (profile["profile"], profile["quality"]) == ("small", 2)
     assert profile["qualities"] == {"1": CODEC_DIGEST, "2": CODEC_DIGEST}
-    assert profile["backends"] == {"llama-adapter": ["text"], "other": ["box", "text"]}
+    assert profile["backends"] == {"llama-adapter": ["text"], "other": ["box", "choice", "text"], "few": ["label"]}
 
 
 def test_a_conversation_reaches_the_engine_whole(
