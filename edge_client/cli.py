@@ -9,23 +9,27 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shared.bitstream import SUFFIX
+from shared.bitstream import SUFFIX, Bitstream
 from shared.command import Parser, run
-from shared.conversation import Generation
+from shared.conversation import Answer, Generation, Task
 from shared.errors import BadInput
 from shared.profiles import DEFAULT_PROFILE
 from shared.wire import GRPC_PORT
 
 if TYPE_CHECKING:
-    from edge_client.client import Options, Reply
+    from edge_client.client import Client, ImageSource, Options, Reply
+    from shared.images import Photo
 
+TASKS: tuple[Task, ...] = ("text", "choice", "box")  # one for a label needs examples, too
 IMAGE = "a picture file: JPEG, PNG, WebP, AVIF, ..."
+IMAGE_OR_STORED = f"{IMAGE}, or what `encode` wrote ({SUFFIX})"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="edge-client", description="Encodes photos and asks a comneck server about them.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_send(commands)
+    _add_classify(commands)
     _add_encode(commands)
     _add_inspect(commands)
     _add_decode(commands)
@@ -39,14 +43,24 @@ def _add_send(commands: Any) -> None:
         description="Encodes a photo as the server expects it, sends it with a question, prints the answer as it is "
         "written, then a line that says what it cost: bytes, bits per pixel, time.",
     )
-    send.add_argument("image", metavar="IMAGE", type=Path, help=f"{IMAGE}, or what `encode` wrote ({SUFFIX})")
+    send.add_argument("image", metavar="IMAGE", type=Path, help=IMAGE_OR_STORED)
     send.add_argument("prompt", metavar="PROMPT", help='what to say about it: "describe this"')
     defaults = Generation()
+    _add_server(send)
     send.add_argument(
-        "--server", metavar="HOST:PORT", default=f"127.0.0.1:{GRPC_PORT}", help="gRPC address (default: %(default)s)"
+        "--task",
+        choices=TASKS,
+        help="kind of answer (default: choice with --choice, box with --overlay, else what the backend is made for)",
     )
-    _add_quality(send, "the server's choice")
-    send.add_argument("--backend", metavar="NAME", default="", help="who is to answer (default: the server's choice)")
+    send.add_argument(
+        "--choice", metavar="TEXT", action="append", default=[], help="that may be the answer; give two or more"
+    )
+    send.add_argument(
+        "--overlay",
+        metavar="PICTURE",
+        type=Path,
+        help="file to write: the photo with the answer's box drawn into it (.png, .jpg, .webp, ...)",
+    )
     send.add_argument(
         "--max-tokens", metavar="N", type=int, default=defaults.max_tokens, help="length (default: %(default)s)"
     )
@@ -65,9 +79,29 @@ def _add_send(commands: Any) -> None:
         help="draw from the likeliest tokens that together have this probability (default: %(default)g)",
     )
     send.add_argument("--seed", metavar="N", type=int, default=defaults.seed, help="of the draw (default: %(default)s)")
-    send.add_argument("--timeout", metavar="S", type=float, default=60.0, help="seconds allowed (default: %(default)g)")
-    send.add_argument("--json", action="store_true", help="print answer and receipt as one JSON object")
+    _add_reply(send)
     send.set_defaults(run=_send)
+
+
+def _add_classify(commands: Any) -> None:
+    classify = commands.add_parser(
+        "classify",
+        help="label a photo as in examples, print the label",
+        description="Encodes a photo and an example of each label, sends them in one request and prints the photo's "
+        "label, then a line that says what it cost.",
+    )
+    classify.add_argument("image", metavar="IMAGE", type=Path, help=IMAGE_OR_STORED)
+    classify.add_argument(
+        "--example",
+        metavar="LABEL=IMAGE",
+        dest="examples",
+        action="append",
+        required=True,
+        help="a label and a photo that has it; give two or more",
+    )
+    _add_server(classify)
+    _add_reply(classify)
+    classify.set_defaults(run=_classify)
 
 
 def _add_encode(commands: Any) -> None:
@@ -116,6 +150,21 @@ def _add_decode(commands: Any) -> None:
     decode.set_defaults(run=_decode)
 
 
+def _add_server(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--server", metavar="HOST:PORT", default=f"127.0.0.1:{GRPC_PORT}", help="gRPC address (default: %(default)s)"
+    )
+    _add_quality(parser, "the server's choice")
+    parser.add_argument("--backend", metavar="NAME", default="", help="who is to answer (default: the server's choice)")
+
+
+def _add_reply(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--timeout", metavar="S", type=float, default=60.0, help="seconds allowed (default: %(default)g)"
+    )
+    parser.add_argument("--json", action="store_true", help="print answer and receipt as one JSON object")
+
+
 def _add_quality(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument(
         "--quality", metavar="N", type=int, help=f"1 to 15; more is larger and better (default: {default})"
@@ -137,33 +186,74 @@ def _send(arguments: argparse.Namespace) -> None:
         raise BadInput('the prompt is empty; ask something: "describe this"')
 
     from edge_client.client import Client
-    from edge_client.stored import is_stored, read_bitstream
-    from shared.images import load_photo
+    from edge_client.overlay import Overlay
 
-    path = arguments.image
-    image = read_bitstream(path) if is_stored(path) else load_photo(path)  # before the server is asked anything
+    path, out = arguments.image, arguments.overlay
+    image = _read(path)  # before the server is asked anything
+    overlay = Overlay.plan(out, image, path) if out else None
+    task: Task | None = arguments.task or ("choice" if arguments.choice else "box" if overlay else None)
+    if overlay and task != "box":
+        raise BadInput(f"{out} would show a box, and the answer is to be a {task}: leave out one of the two")
     options: Options = {
         "backend": arguments.backend,
         "generation": Generation(arguments.max_tokens, arguments.temperature, arguments.top_p, arguments.seed),
         "quality": arguments.quality,
         "max_bytes": arguments.max_bytes,
+        "task": task,
+        "choices": arguments.choice,
     }
     with Client(arguments.server, timeout=arguments.timeout) as client:
         if arguments.json:
-            print(json.dumps(as_json(client.ask(image, arguments.prompt, **options))))
-            return
-        written: list[str] = []
+            reply = client.ask(image, arguments.prompt, **options)
+            print(json.dumps(as_json(reply)))
+        else:
+            reply = _say(client, image, arguments.prompt, options)
+            for line in (*found_lines(reply.answer, arguments.choice), receipt_line(reply)):
+                print(line)
+    if overlay:
+        overlay.write(reply.answer.box, arguments.prompt)
 
-        def write(text: str) -> None:
-            written.append(text)
-            print(text, end="", flush=True)
 
-        try:
-            reply = client.ask(image, arguments.prompt, on_text=write, **options)
-        finally:
-            if written:
-                print()
-        print(receipt_line(reply))
+def _say(client: Client, image: ImageSource, prompt: str, options: Options) -> Reply:
+    """Asks, and prints the answer as it is written."""
+    written: list[str] = []
+
+    def write(text: str) -> None:
+        written.append(text)
+        print(text, end="", flush=True)
+
+    try:
+        return client.ask(image, prompt, on_text=write, **options)
+    finally:
+        if written:
+            print()
+
+
+def _classify(arguments: argparse.Namespace) -> None:
+    from edge_client.client import Client
+
+    examples = []
+    for example in arguments.examples:
+        label, equals, path = example.partition("=")
+        if not equals:
+            raise BadInput(f"the example {example!r} is no LABEL=IMAGE such as cat=cat.jpg")
+        examples.append((label, _read(Path(path))))
+    image = _read(arguments.image)
+    options: Options = {
+        "backend": arguments.backend,
+        "quality": arguments.quality,
+        "max_bytes": arguments.max_bytes,
+    }
+    with Client(arguments.server, timeout=arguments.timeout) as client:
+        reply = client.classify(image, examples, **options)
+    print(json.dumps(as_json(reply)) if arguments.json else f"{reply.text}\n{receipt_line(reply)}")
+
+
+def _read(path: Path) -> Photo | Bitstream:
+    from edge_client.stored import is_stored, read_bitstream
+    from shared.images import load_photo
+
+    return read_bitstream(path) if is_stored(path) else load_photo(path)
 
 
 def _encode(arguments: argparse.Namespace) -> None:
@@ -211,6 +301,9 @@ def as_json(reply: Reply) -> dict[str, Any]:
         "answer": answer.text,
         "finish": answer.finish,
         "tokens": answer.tokens,
+        "task": answer.task,
+        "choice": answer.choice,
+        "box": answer.box and {side: round(place, 1) for side, place in asdict(answer.box).items()},
         "backend": answer.backend,
         "profile": answer.profile,
         "quality": receipt.qualities[0],
@@ -221,6 +314,16 @@ def as_json(reply: Reply) -> dict[str, Any]:
         "timings_ms": {name: round(value, 1) for name, value in _timings(reply).items()},
         "model_digests": answer.digests,
     }
+
+
+def found_lines(answer: Answer, choices: Sequence[str]) -> list[str]:
+    """What ``send`` prints of what was found in the answer, where something was looked for."""
+    if answer.task == "choice":
+        return [f"choice: {'none' if answer.choice is None else choices[answer.choice]}"]
+    if answer.task == "box":
+        sides = asdict(answer.box).items() if answer.box else ()
+        return [f"box: {', '.join(f'{side} {place:.0f}' for side, place in sides) or 'none'}"]
+    return []
 
 
 def receipt_line(reply: Reply) -> str:
@@ -237,7 +340,7 @@ def receipt_line(reply: Reply) -> str:
 
 
 def _figures(size: int, bpp: float, qualities: Sequence[int], jpeg75: int | None) -> str:
-    figures = f"{bpp:.3f} bpp, quality {', '.join(map(str, qualities))}"
+    figures = f"{bpp:.3f} bpp, quality {', '.join(map(str, dict.fromkeys(qualities)))}"
     if jpeg75:
         ratio = jpeg75 / size
         figures += f", {ratio:.{0 if ratio >= 10 else 1}f}x smaller than JPEG 75 ({jpeg75:,} B)"

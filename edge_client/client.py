@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Self, TypedDict, Unpack
@@ -22,7 +23,7 @@ import grpc
 from edge_client.encoder import Encoder, jpeg_size
 from edge_client.stored import is_stored, read_bitstream
 from shared.bitstream import Bitstream
-from shared.conversation import Answer, Conversation, Generation, ServerProfile, Task
+from shared.conversation import Answer, Conversation, Generation, Part, ServerProfile, Task
 from shared.errors import BadInput, ProfileMismatch, ServerFailed, TooLarge
 from shared.images import Photo
 from shared.wire import GRPC_PORT, convert
@@ -32,6 +33,9 @@ from shared.wire.errors import from_status
 
 ImageSource = str | Path | bytes | Photo | Bitstream
 """A path of a picture or of a stored bitstream (.cnk), the bytes of a picture file, pixels, or a bitstream."""
+
+Examples = Mapping[str, ImageSource] | Sequence[tuple[str, ImageSource]]
+"""A photo for each label."""
 
 DEFAULT_SERVER = f"127.0.0.1:{GRPC_PORT}"
 PROFILE_TIMEOUT = 10.0  # seconds; the server answers that one without its models
@@ -199,9 +203,17 @@ class _Session:
         self._profile = self._encoder = None
 
     def _draft(
-        self, server: ServerProfile, images: ImageSource | Sequence[ImageSource], prompt: str, options: Options
+        self,
+        server: ServerProfile,
+        images: ImageSource | Sequence[ImageSource],
+        prompt: str | Sequence[str],
+        options: Options,
     ) -> _Draft:
-        """Encodes, and refuses what the server would refuse for its size or its codec."""
+        """Encodes, and refuses what the server would refuse for its size or its codec.
+
+        A prompt goes after all photos; several texts are labels, each after its photo.
+        """
+        backend, _ = server.backend_for(options.get("backend", ""), options.get("task"), options.get("choices", ()))
         sources = [images] if isinstance(images, ImageSource) else list(images)
         if len(sources) > server.max_images:
             raise TooLarge(f"{len(sources)} photos; {self.server} takes at most {server.max_images} in one request")
@@ -217,7 +229,7 @@ class _Session:
                 elif is_stored(source):
                     bitstreams.append(read_bitstream(source))
                 elif encoder:
-                    photos.append(encoder.prepare(source, options.get("backend", "")))
+                    photos.append(encoder.prepare(source, backend))
                     bitstreams.append(encoder.encode(photos[-1], options.get("quality"), options.get("max_bytes")))
             encoded = perf_counter()
             self._check(server, bitstreams)
@@ -225,8 +237,8 @@ class _Session:
             self._forget()
             raise
         conversation = Conversation(
-            parts=(*bitstreams, prompt),
-            backend=options.get("backend", ""),
+            parts=(*bitstreams, prompt) if isinstance(prompt, str) else tuple(_alternating(bitstreams, prompt)),
+            backend=options.get("backend", ""),  # not who was found: a name costs bytes, and the server finds the same
             generation=options.get("generation", Generation()),
             task=options.get("task"),
             choices=tuple(options.get("choices", ())),
@@ -244,6 +256,11 @@ class _Session:
             load=1000 * (loaded - start),
             encode=1000 * (encoded - loaded),
         )
+
+    def _draft_label(self, server: ServerProfile, image: ImageSource, examples: Examples, options: Options) -> _Draft:
+        pairs = list(examples.items() if isinstance(examples, Mapping) else examples)
+        photos = [*(photo for _, photo in pairs), image]
+        return self._draft(server, photos, [label.strip() for label, _ in pairs], {**options, "task": "label"})
 
     def _encoder_for(self, server: ServerProfile, sources: Sequence[ImageSource], options: Options) -> Encoder | None:
         """The encoder with its codec loaded; None where everything is encoded already."""
@@ -268,6 +285,14 @@ class _Session:
                     f"the bitstream is of quality {bitstream.quality} by codec {digest}; {self.server} runs profile "
                     f"{server.profile!r} and decodes {server.offer}: encode with that profile"
                 )
+
+
+def _alternating(photos: Sequence[Bitstream], labels: Sequence[str]) -> Iterator[Part]:
+    """Each photo and its label, and last the photo that has none."""
+    for photo, label in zip_longest(photos, labels):
+        yield photo
+        if label is not None:
+            yield label
 
 
 class Client(_Session):
@@ -316,11 +341,7 @@ class Client(_Session):
             ComneckError: the subclass says what; the server's own errors arrive as they were raised there.
         """
         if on_text is None:
-            draft = self._draft(self.profile(), images, prompt, options)
-            sent = perf_counter()
-            with self._naming_errors():
-                response = self._stub.Answer(draft.request, timeout=self.timeout)
-            return draft.reply(response.answer, sent)
+            return self._answer(self._draft(self.profile(), images, prompt, options))
         for event in self.stream(images, prompt, **options):
             if isinstance(event, Reply):
                 return event
@@ -340,6 +361,23 @@ class Client(_Session):
                     yield draft.event(response, sent)
             finally:
                 call.cancel()
+
+    def classify(self, image: ImageSource, examples: Examples, **options: Unpack[Options]) -> Reply:
+        """Labels a photo as in examples, a photo of each label: ``{"cat": "a.jpg", "dog": "b.jpg"}``, or pairs.
+
+        Every photo goes as a bitstream of its own, all in one request; the text of the reply is the label. Blanks at a
+        label's ends do not count.
+
+        Raises:
+            ComneckError: as ``ask``; BadInput where there are not two labels, or one is empty or given twice.
+        """
+        return self._answer(self._draft_label(self.profile(), image, examples, options))
+
+    def _answer(self, draft: _Draft) -> Reply:
+        sent = perf_counter()
+        with self._naming_errors():
+            response = self._stub.Answer(draft.request, timeout=self.timeout)
+        return draft.reply(response.answer, sent)
 
 
 class AsyncClient(_Session):
@@ -391,11 +429,9 @@ class AsyncClient(_Session):
             ComneckError: the subclass says what; the server's own errors arrive as they were raised there.
         """
         if on_text is None:
-            draft = await asyncio.to_thread(self._draft, await self.profile(), images, prompt, options)
-            sent = perf_counter()
-            with self._naming_errors():
-                response = await self._stub.Answer(draft.request, timeout=self.timeout)
-            return draft.reply(response.answer, sent)
+            return await self._answer(
+                await asyncio.to_thread(self._draft, await self.profile(), images, prompt, options)
+            )
         async for event in self.stream(images, prompt, **options):
             if isinstance(event, Reply):
                 return event
@@ -415,3 +451,21 @@ class AsyncClient(_Session):
                     yield draft.event(response, sent)
             finally:
                 call.cancel()
+
+    async def classify(self, image: ImageSource, examples: Examples, **options: Unpack[Options]) -> Reply:
+        """Labels a photo as in examples, a photo of each label: ``{"cat": "a.jpg", "dog": "b.jpg"}``, or pairs.
+
+        Every photo goes as a bitstream of its own, all in one request; the text of the reply is the label. Blanks at a
+        label's ends do not count.
+
+        Raises:
+            ComneckError: as ``ask``; BadInput where there are not two labels, or one is empty or given twice.
+        """
+        draft = await asyncio.to_thread(self._draft_label, await self.profile(), image, examples, options)
+        return await self._answer(draft)
+
+    async def _answer(self, draft: _Draft) -> Reply:
+        sent = perf_counter()
+        with self._naming_errors():
+            response = await self._stub.Answer(draft.request, timeout=self.timeout)
+        return draft.reply(response.answer, sent)

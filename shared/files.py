@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from shared.errors import BadInput, TooLarge
@@ -42,6 +44,20 @@ def write_file(path: Path, data: bytes, source: Path | None = None) -> None:
     Raises:
         BadInput: it cannot be written, or is ``source``.
     """
+    with _replacing(path, source) as (unfinished, target):
+        unfinished.write_bytes(data)
+        unfinished.replace(target)
+
+
+def check_writable(path: Path, source: Path | None = None) -> None:
+    """Raises what ``write_file`` would raise, as far as that shows before there are data."""
+    with _replacing(path, source) as (unfinished, _):
+        unfinished.touch()
+
+
+@contextmanager
+def _replacing(path: Path, source: Path | None) -> Iterator[tuple[Path, Path]]:
+    """The file to write at first, which is gone afterwards, and the one that it is to replace."""
     try:
         target = path.resolve()  # of a link, the file behind it
         if source is not None and target.exists() and target.samefile(source):
@@ -50,8 +66,7 @@ def write_file(path: Path, data: bytes, source: Path | None = None) -> None:
             raise BadInput(f"{path} is no file that could be replaced: give another name to what is written")
         unfinished = target.with_name(f".{target.name}.{os.getpid()}.new")
         try:
-            unfinished.write_bytes(data)
-            unfinished.replace(target)
+            yield unfinished, target
         finally:
             unfinished.unlink(missing_ok=True)
     except (OSError, ValueError, RuntimeError) as problem:  # RuntimeError: links that lead in a circle

@@ -57,6 +57,24 @@ def ask(request: pytest.FixtureRequest) -> Ask:
     return request.param  # type: ignore[no-any-return]
 
 
+def classify_sync(address: str, *args: Any, **options: Any) -> Reply:
+    with Client(address, timeout=5) as client:
+        return client.classify(*args, **options)
+
+
+def classify_async(address: str, *args: Any, **options: Any) -> Reply:
+    async def classified() -> Reply:
+        async with AsyncClient(address, timeout=5) as client:
+            return await client.classify(*args, **options)
+
+    return asyncio.run(classified())
+
+
+@pytest.fixture(params=[classify_sync, classify_async])
+def classify(request: pytest.FixtureRequest) -> Ask:
+    return request.param  # type: ignore[no-any-return]
+
+
 @pytest.fixture
 def encoder(bitstream: Bitstream, monkeypatch: pytest.MonkeyPatch) -> ScriptedEncoder:
     encoder = ScriptedEncoder(bitstream)
@@ -191,8 +209,8 @@ def test_a_damaged_photo_is_refused_before_anything_is_sent(
 def test_too_many_photos_are_refused_before_they_are_encoded(
     server: RunningServer, bitstream: Bitstream, ask: Ask
 ) -> None:
-    with pytest.raises(TooLarge, match=r"3 photos; .* takes at most 2"):
-        ask(server.grpc, [bitstream] * 3, "what?")
+    with pytest.raises(TooLarge, match=r"5 photos; .* takes at most 4"):
+        ask(server.grpc, [bitstream] * 5, "what?")
     assert not server.engine.asked
 
 
@@ -275,6 +293,36 @@ def test_a_replaced_server_is_asked_for_its_profile_again(server: RunningServer,
         with pytest.raises(ProfileMismatch):
             client.ask(bitstream, "what?")
         assert client.profile() is not before
+
+
+def test_examples_and_the_photo_go_as_bitstreams_of_their_own_in_one_request(
+    server: RunningServer, bitstream: Bitstream, classify: Ask
+) -> None:
+    a, b, photo = (replace(bitstream, check=number) for number in range(3))
+    for examples in ({" cat": a, "sea_horse\n": b}, [("cat", a), ("sea_horse", b)]):
+        reply = classify(server.grpc, photo, examples)
+        assert reply.text == "a dog runs"
+        assert reply.receipt.bytes_payload == 3 * 528
+    for asked in server.engine.asked:
+        assert asked.parts == (a, "cat", b, "sea_horse", photo)
+        assert asked.task == "label"
+
+
+@pytest.mark.usefixtures("encoder")
+def test_examples_are_taken_in_every_form_that_photos_are(
+    server: RunningServer, bitstream: Bitstream, classify: Ask, png: bytes, tmp_path: Path
+) -> None:
+    (tmp_path / "a.png").write_bytes(png)
+    (tmp_path / "b.cnk").write_bytes(bytes(bitstream))
+    reply = classify(server.grpc, png, {"cat": tmp_path / "a.png", "dog": str(tmp_path / "b.cnk")}, quality=1)
+    assert server.engine.asked[0].parts == (bitstream, "cat", bitstream, "dog", bitstream)
+    assert reply.receipt.bytes_jpeg75 is None  # one of them was no picture
+
+
+def test_a_label_is_asked_of_who_gives_labels(server: RunningServer, bitstream: Bitstream, classify: Ask) -> None:
+    with pytest.raises(BadInput, match="backend 'other' answers with box or choice or text, not with label: ask few"):
+        classify(server.grpc, bitstream, {"cat": bitstream, "dog": bitstream}, backend="other")
+    assert not server.engine.asked
 
 
 def test_closing_a_stream_early_ends_the_generation(server: RunningServer, bitstream: Bitstream) -> None:

@@ -8,13 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 from scripted import CODEC_DIGEST, RunningServer, ScriptedEncoder
 
 from edge_client.cli import main
 from edge_client.encoder import Encoder
+from edge_client.overlay import COLOUR
 from shared.bitstream import Bitstream
-from shared.errors import ComneckError, PromptTooLong, all_errors
+from shared.conversation import Box
+from shared.errors import ComneckError, NothingFound, PromptTooLong, all_errors
+
+BOX = {"left": 1, "top": 2, "right": 3, "bottom": 4}
 
 
 @pytest.fixture
@@ -55,6 +59,7 @@ def test_send_json_prints_one_object(server: RunningServer, photo: str, capsys: 
         "other",
         "small",
     )
+    assert (reply["task"], reply["choice"], reply["box"]) == ("box", None, BOX)
     assert (reply["bytes_payload"], reply["bpp"], reply["quality"]) == (528, 0.0645, 2)
     assert reply["bytes_wire"] > 528
     assert reply["bytes_jpeg75"] > 528
@@ -68,6 +73,42 @@ def test_quality_and_size_reach_the_encoder(server: RunningServer, photo: str, e
     assert encoder.asked == [(1, 900)]
 
 
+def test_classify_prints_the_label_then_one_line_of_receipt(
+    server: RunningServer, photo: str, bitstream: Bitstream, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.engine.pieces = ("sea horse",)
+    (tmp_path / "b=1.cnk").write_bytes(bytes(bitstream))
+    examples = ["--example", f"cat={photo}", "--example", f" sea horse ={tmp_path}/b=1.cnk"]
+    assert main(["classify", photo, *examples, "--server", server.grpc]) == 0
+    label, receipt = capsys.readouterr().out.splitlines()
+    assert label == "sea horse"
+    assert re.match(r"1,584 B sent \([\d,]+ B on the wire\), 0\.064 bpp, quality 2 \| encode", receipt)
+    (asked,) = server.engine.asked
+    assert asked.parts == (bitstream, "cat", bitstream, "sea horse", bitstream)
+    assert main(["classify", photo, *examples, "--server", server.grpc, "--json"]) == 0
+    reply = json.loads(capsys.readouterr().out)
+    assert (reply["answer"], reply["task"], reply["bytes_payload"]) == ("sea horse", "label", 1584)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["{photo}", "--example", "{photo}"], "is no LABEL=IMAGE such as cat=cat.jpg"),
+        (["{photo}", "--example", "cat=nothing.png"], "nothing.png does not exist"),
+        (["nothing.png", "--example", "cat={photo}"], "nothing.png does not exist"),
+        (["{photo}", "--example", "cat={photo}", "--backend", "other"], "not with label: ask few"),
+    ],
+)
+def test_what_cannot_be_classified_is_one_line_before_anything_is_sent(
+    server: RunningServer, photo: str, capsys: pytest.CaptureFixture[str], arguments: list[str], complaint: str
+) -> None:
+    given = ["--server", server.grpc, *(argument.format(photo=photo) for argument in arguments)]
+    assert main(["classify", *given]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n"), server.engine.asked) == ("", 1, [])
+    assert complaint in err
+
+
 def test_a_stored_bitstream_is_sent_as_it_is(
     server: RunningServer, bitstream: Bitstream, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -79,6 +120,89 @@ def test_a_stored_bitstream_is_sent_as_it_is(
     for flag in ("--quality", "--max-bytes"):
         assert main(["send", str(path), "what?", "--server", server.grpc, flag, "2"]) == 2
         assert "nothing is left to encode" in capsys.readouterr().err
+
+
+def test_choices_are_asked_and_the_one_chosen_is_told(
+    server: RunningServer, photo: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["send", photo, "what?", "--server", server.grpc, "--choice", "a cat", "--choice", "a dog"]) == 0
+    (asked,) = server.engine.asked
+    assert (asked.task, asked.choices) == ("choice", ("a cat", "a dog"))
+    assert capsys.readouterr().out.splitlines()[:2] == ["a dog runs", "choice: a dog"]
+
+
+def test_a_box_is_told_in_the_photos_pixels(
+    server: RunningServer, photo: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.engine.box = Box(10.4, 20.6, 30, 400)
+    assert main(["send", photo, "the dog", "--server", server.grpc, "--task", "box"]) == 0
+    assert server.engine.asked[0].task == "box"
+    assert capsys.readouterr().out.splitlines()[1] == "box: left 10, top 21, right 30, bottom 400"
+    server.engine.box = None
+    assert main(["send", photo, "the dog", "--server", server.grpc, "--task", "box"]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == "box: none"
+
+
+def test_an_overlay_asks_for_a_box_and_shows_it_on_the_upright_photo(
+    server: RunningServer, encoder: ScriptedEncoder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "photo.png", tmp_path / "out.png"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # held upright: to be turned by 90 degrees
+    Image.new("RGB", (300, 200), "teal").save(source, exif=exif)
+    server.engine.box = Box(50, 100, 150, 250)
+    assert main(["send", str(source), "where is it?", "--server", server.grpc, "--overlay", str(out)]) == 0
+    assert server.engine.asked[0].task == "box"
+    assert "box: left 50, top 100, right 150, bottom 250\n" in capsys.readouterr().out
+    with Image.open(out) as picture:
+        assert picture.size == (200, 300)
+        drawn = picture.getpixel((50, 200)), picture.getpixel((100, 200))
+    assert drawn == (ImageColor.getrgb(COLOUR), (0, 128, 128))
+
+
+@pytest.mark.parametrize("flag", [[], ["--json"]])
+def test_an_answer_without_a_box_is_printed_and_draws_nothing(
+    server: RunningServer, photo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: list[str]
+) -> None:
+    server.engine.box = None
+    out = tmp_path / "out.png"
+    arguments = ["send", photo, "where is it?", "--server", server.grpc, "--overlay", str(out), *flag]
+    assert main(arguments) == NothingFound.exit_code
+    said, err = capsys.readouterr()
+    assert "a dog runs" in said
+    assert err == f"edge-client: the answer holds no box, so {out} is not written: ask in other words\n"
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["{photo}", "--overlay", "{folder}/out.txt"], "ends in no picture format"),
+        (["{photo}", "--overlay", "{folder}/out"], "ends in no picture format"),
+        (["{photo}", "--overlay", "{photo}"], "is the file that is read"),
+        (["{photo}", "--overlay", "{folder}/no/out.png"], "cannot be written"),
+        (["{folder}/photo.cnk", "--overlay", "{folder}/out.png"], "is a bitstream, which no box can be drawn on"),
+        (["{photo}", "--overlay", "{folder}/out.png", "--task", "text"], "the answer is to be a text"),
+        (["{photo}", "--overlay", "{folder}/out.png", "--choice", "a"], "the answer is to be a choice"),
+    ],
+)
+def test_an_overlay_that_cannot_be_is_refused_before_anything_is_sent(
+    server: RunningServer,
+    photo: str,
+    bitstream: Bitstream,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    complaint: str,
+) -> None:
+    (tmp_path / "photo.cnk").write_bytes(bytes(bitstream))
+    before = sorted(tmp_path.iterdir())
+    image, *flags = (argument.format(photo=photo, folder=tmp_path) for argument in arguments)
+    assert main(["send", image, "where is it?", "--server", server.grpc, *flags]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n"), server.engine.asked) == ("", 1, [])
+    assert complaint in err
+    assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize("kind", all_errors(), ids=lambda kind: kind.__name__)

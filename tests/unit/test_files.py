@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from shared.errors import BadInput, TooLarge
-from shared.files import read_file, write_file
+from shared.files import check_writable, read_file, write_file
 
 
 def test_a_file_of_just_the_limit_is_read_and_one_byte_more_is_too_large(tmp_path: Path) -> None:
@@ -64,6 +64,8 @@ def test_what_is_read_is_never_replaced(tmp_path: Path) -> None:
     for name in (path, link, hard, tmp_path / "x" / ".." / "file"):
         with pytest.raises(BadInput, match="is the file that is read"):
             write_file(name, b"new", path)
+        with pytest.raises(BadInput, match="is the file that is read"):
+            check_writable(name, path)
     assert path.read_bytes() == b"old"
 
 
@@ -84,4 +86,15 @@ def test_a_place_that_cannot_be_written_is_bad_input(tmp_path: Path, place: str)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(BadInput, match=r"cannot be written|could be replaced"):
         write_file(tmp_path / place, b"new")
+    with pytest.raises(BadInput, match=r"cannot be written|could be replaced"):
+        check_writable(tmp_path / place)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_finding_out_that_a_file_can_be_written_leaves_everything_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    check_writable(path)
+    check_writable(tmp_path / "new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
