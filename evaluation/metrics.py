@@ -1,4 +1,4 @@
-"""How answers are judged: CIDEr for captions, naming for labels, bootstrap for how sure that is."""
+"""How answers are judged: CIDEr for captions, naming for labels, overlap for boxes, bootstrap for how sure that is."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 Scores = npt.NDArray[np.float64]
+Corners = tuple[float, float, float, float]
 
 
 def cider(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
@@ -40,6 +41,23 @@ def names(answer: str, label: str) -> bool:
     """
     noun = _singular(words(label.replace("_", " "))[-1])
     return noun in {_singular(word) for word in words(answer)}
+
+
+def box_overlaps(found: Sequence[Corners | None], wanted: Sequence[Corners]) -> Scores:
+    """Intersection over union of each box that was found with the one that was wanted; 0 where none was found.
+
+    As Shikra's authors compute it: coordinates, fractions of the padded picture, times 1000 in float32.
+    """
+    import torch
+    from torchvision.ops import box_iou
+
+    ours, true = torch.tensor([box or (0.0, 0.0, 0.0, 0.0) for box in found]), torch.tensor(wanted)
+    return box_iou(1000 * ours.view(-1, 1, 4), 1000 * true.view(-1, 1, 4)).flatten().double().numpy()
+
+
+def located(overlaps: Scores) -> Scores:
+    """1 where a box is right, with an overlap above one half: the mean is the accuracy that papers report (REC)."""
+    return (overlaps > 0.5).astype(np.float64)
 
 
 def _singular(word: str) -> str:

@@ -21,6 +21,7 @@ class PictureOptions:
     photos: Path = option("folder of photos that was measured")
     answers: Path = option("the .answers.jsonl file of `comneck evaluate answers`")
     out: Path = option("picture to write, PNG; the photos' authors go beside it")
+    exam: str = option("whose answers", "captions")
     sources: tuple[str, ...] = option("only photos of these sources, whose licence lets you show them", ())
     count: int = option("how many photos", 10)
     columns: int = option("photos a row", 5)
@@ -34,11 +35,12 @@ def run(options: PictureOptions) -> None:
     from matplotlib import pyplot as plt
 
     entries = {entry.path.relative_to(options.photos).as_posix(): entry for entry in read_photo_set(options.photos)}
-    rows = sorted(read_rows(options.answers).values(), key=lambda row: row.file)
+    rows = sorted(read_rows(options.answers).values(), key=lambda row: (row.file, row.number))
+    rows = [row for row in rows if row.exam == options.exam]
     if options.sources:
         rows = [row for row in rows if entries[row.file].source in options.sources]
     if len(rows) < options.count:
-        raise BadInput(f"{options.answers} has {len(rows)} answers; {options.count} were asked for")
+        raise BadInput(f"{options.answers} has {len(rows)} such answers; {options.count} were asked for")
     chosen = random.Random(options.seed).sample(rows, options.count)
     lines = -(-options.count // options.columns)
     figure, axes = plt.subplots(lines, options.columns, figsize=(3.1 * options.columns, 4.5 * lines), squeeze=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from shared.conversation import Box
 from shared.errors import BadInput, UnreadableImage
 from shared.images import Preparation, load_photo, prepare
 
@@ -33,8 +35,23 @@ class Question:
 
 
 @dataclass(frozen=True)
+class Thing:
+    """What a box of a photo shows.
+
+    Attributes:
+        names: all wordings of it, "a man" or "dog".
+        box: (left, top, right, bottom) as fractions of the photo.
+        alone: whether the photo's annotators drew no other box for the same words.
+    """
+
+    names: tuple[str, ...]
+    box: tuple[float, float, float, float]
+    alone: bool
+
+
+@dataclass(frozen=True)
 class Entry:
-    """One photo of a set with whatever is known of it."""
+    """One photo of a set with whatever is known of it; ``size`` is (width, height) of the file."""
 
     path: Path
     source: str = ""
@@ -44,13 +61,16 @@ class Entry:
     credit: str = ""
     wnid: str | None = None
     questions: tuple[Question, ...] = field(default=())
+    things: tuple[Thing, ...] = field(default=())
+    size: tuple[int, int] = (0, 0)
 
 
 def read_photo_set(folder: Path) -> list[Entry]:
     """Reads ``folder/index.jsonl``, one object a line, or, where there is none, every picture below ``folder``.
 
     A line has ``file`` (relative to the folder) and, as far as known, ``source``, ``split`` (train or test),
-    ``captions`` (a list), ``label`` and ``qa`` (a list of ``{q, a, choices}``).
+    ``captions`` (a list), ``label``, ``qa`` (a list of ``{q, a, choices}``), ``w`` and ``h`` of the file and ``boxes``
+    (a list of ``{name, phrases, chain, x0, y0, x1, y1}`` in fractions; boxes of one chain are of one plural thing).
 
     Raises:
         BadInput: no such folder, no picture in it, or a line that cannot be read (named by its number).
@@ -85,7 +105,27 @@ def _entry(folder: Path, row: dict) -> Entry:
         questions=tuple(
             Question(item["q"], tuple(item["a"]), tuple(item.get("choices", ()))) for item in row.get("qa", ())
         ),
+        things=_things(row.get("boxes", ())),
+        size=(row.get("w", 0), row.get("h", 0)),
     )
+
+
+def _things(boxes: Sequence[dict]) -> tuple[Thing, ...]:
+    kinds = Counter(box.get("chain", box["name"]) for box in boxes)
+    return tuple(
+        Thing(
+            names=tuple(box.get("phrases", [box["name"]])),
+            box=(box["x0"], box["y0"], box["x1"], box["y1"]),
+            alone=kinds[box.get("chain", box["name"])] == 1,
+        )
+        for box in boxes
+    )
+
+
+def in_pixels(box: Sequence[float], size: tuple[int, int]) -> Box:
+    """A box in fractions of a photo of ``size`` (width, height)."""
+    left, top, right, bottom = box
+    return Box(left * size[0], top * size[1], right * size[0], bottom * size[1])
 
 
 def pixel_cache(entries: Sequence[Entry], preparation: Preparation, cache: Path) -> npt.NDArray[np.uint8]:

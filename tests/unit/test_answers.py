@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from evaluation.answers import Row, read_rows
 
 
 def test_answers_of_another_run_and_a_line_cut_short_are_left_out(tmp_path: Path) -> None:
-    ours = Row("ours", "a.png", "A dog.", "A cat.", 1000, 0.12)
-    theirs = Row("theirs", "b.png", "A dog.", "A cat.", 1000, 0.12)
-    cut = json.dumps(asdict(Row("ours", "c.png", "A dog.", "A cat.", 1000, 0.12)))[:-9]
+    ours = Row("ours", "captions", "a.png", 0, "what?", "A dog.", "A cat.", 1000, 0.12)
+    theirs = replace(ours, run="theirs", file="b.png")
+    cut = json.dumps(asdict(replace(ours, number=1)))[:-9]
     path = tmp_path / "answers.jsonl"
     path.write_text("\n".join([json.dumps(asdict(ours)), json.dumps(asdict(theirs)), cut]))
-    assert read_rows(path, "ours") == {"a.png": ours}
-    assert set(read_rows(path)) == {"a.png", "b.png"}
+    assert read_rows(path, "ours") == {("a.png", 0): ours}
+    assert set(read_rows(path)) == {("a.png", 0), ("b.png", 0)}

@@ -25,8 +25,8 @@ from training.codec import run as train_codec
 from training.features import latents, teacher_features
 from training.loop import Losses, Schedule, generator, train
 from training.neck import channel_variance, relative_error, start_from_clip
-from training.photos import Entry, Question, pixel_cache, read_photo_set
-from training.samples import CAPTION_PROMPTS, SampleSource, tidy, with_article
+from training.photos import Entry, Question, Thing, pixel_cache, read_photo_set
+from training.samples import CAPTION_PROMPTS, Sample, SampleSource, tidy, with_article
 
 
 def fit(out: Path, steps: int, total: int = 12) -> Tensor:
@@ -123,7 +123,8 @@ def test_samples_are_drawn_from_what_each_photo_has() -> None:
         Entry(Path("c"), label="abacus", wnid="n02666196"),
         Entry(Path("d"), questions=(Question("how many ?", ("2",)),)),
     ]
-    samples = SampleSource(entries).draw(300, 2, generator(1))
+    shares = {"captions": 0.8, "labels": 0.13, "questions": 0.07, "phrases": 0.5}
+    samples = SampleSource(entries, shares).draw(300, 2, generator(1))
     assert [sample.photo for sample in samples[::2]] == [sample.photo for sample in samples[1::2]]
     said = {photo: {(s.prompt, s.answer) for s in samples if s.photo == photo} for photo in range(4)}
     assert {prompt for prompt, _ in said[0]} == set(CAPTION_PROMPTS)
@@ -135,7 +136,36 @@ def test_samples_are_drawn_from_what_each_photo_has() -> None:
 
 def test_photos_with_nothing_to_teach_are_refused() -> None:
     with pytest.raises(BadInput, match="captions"):
-        SampleSource([Entry(Path("a"))])
+        SampleSource([Entry(Path("a"))], {"captions": 1})
+
+
+def test_things_are_named_counted_and_sought_as_their_boxes_say() -> None:
+    dogs = [Thing(("dog",), (0.1, 0.1, 0.2, 0.2), False)] * 2
+    entries = [
+        Entry(Path("a"), source="coco", things=(*dogs, Thing(("knife",), (0, 0, 1, 1), True))),
+        Entry(Path("b"), source="flickr8k", things=(Thing(("a man", "a tall man"), (0, 0, 1, 1), True),)),
+        Entry(Path("c"), source="coco", things=(Thing(("cup",), (0, 0, 1, 1), True),)),
+    ]
+
+    def drawn(kind: str) -> list[Sample]:
+        return SampleSource(entries, {kind: 1}).draw(200, 1, generator(2))
+
+    assert {s.answer for s in drawn("things") if s.photo == 1} == {
+        f"{article}{name}" for article in ("", "a ") for name in ("man", "tall man")
+    }
+    counted = {(s.prompt.split()[2], s.answer) for s in drawn("counts")}
+    assert counted == {("dogs", "2"), ("knives", "1"), ("cups", "1")}
+    asked = {(s.photo, s.prompt.split()[3].strip("?"), s.answer) for s in drawn("presence") if s.prompt[:2] == "Is"}
+    assert asked == {
+        (photo, name, "yes" if photo == (2 if name == "cup" else 0) else "no")
+        for photo in (0, 2)
+        for name in ("dog", "knife", "cup")
+    }
+    sought = {(s.photo, s.prompt, s.task, s.thing.box) for s in drawn("phrases") if s.thing}
+    assert sought == {
+        (photo, prompt, "box", (0, 0, 1, 1))
+        for photo, prompt in ((0, "the knife"), (1, "a man"), (1, "a tall man"), (2, "the cup"))
+    }
 
 
 SPEC = ClipSpec(weights="none", patch=16, width=32, layers=3, heads=2, projection=8, image=64)
