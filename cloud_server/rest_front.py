@@ -34,9 +34,7 @@ PROBLEM_TYPE = "application/problem+json"
 EVENTS_TYPE = "text/event-stream"
 
 WHO = "Who is to answer; the server's default where left out."
-WHAT = (
-    "What kind of answer is wanted; by default a choice if there are choices, else what the backend is made for."
-)
+WHAT = "What kind of answer is wanted; by default a choice if there are choices, else what the backend is made for."
 STREAM = "Answer as server-sent events."
 
 

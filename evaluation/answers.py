@@ -179,8 +179,8 @@ def summarise(
     }
     guessed = exam.baseline(items, taught)
     groups: dict[str, Any] = {}
-    for name in dict.fromkeys(item.group for item in items):
-        own = np.array([item.group == name for item in items])
+    for name in ("all", *dict.fromkeys(item.group for item in items)):
+        own = np.array([name in ("all", item.group) for item in items])
         pixels, bitstream = (scores[way][own] for way in WAYS)
         sizes = {row.file: (row.bytes, row.bpp) for row, kept in zip(rows, own, strict=True) if kept}
         groups[name] = {

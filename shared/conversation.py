@@ -166,7 +166,7 @@ class ServerProfile:
             hint = f"ask {' or '.join(able)}" if able else f"no backend here answers with {task}"
             raise BadInput(who + hint)
         own = self.backends[chosen]
-        return chosen, next((each for each in own if each == task or task is None and each != "choice"), own[0])
+        return chosen, next((each for each in own if each == task or (task is None and each != "choice")), own[0])
 
     @property
     def offer(self) -> str:

@@ -62,6 +62,37 @@ def test_json_holds_the_same_as_one_object(edge: Edge, cat: Path, encoder: Encod
     assert said["answer"].strip()
 
 
+def test_a_choice_is_one_of_those_given_and_the_backend_is_found(edge: Edge, cat: Path) -> None:
+    choices = ("a cat", "a car", "a bridge", "a pizza")
+    done = edge(cat, "what is this?", *(part for choice in choices for part in ("--choice", choice)), "--json")
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert (said["backend"], said["task"]) == ("honeybee", "choice")
+    assert said["answer"] == choices[said["choice"]] == "a cat"
+
+
+def test_a_photo_is_labelled_by_examples(server: Server) -> None:
+    examples = (("motorcycle", "motorcycle_right.png"), ("cup", "coffee.png"), ("rocket", "rocket.jpg"))
+    shown = [part for label, name in examples for part in ("--example", f"{label}={PHOTOS / name}")]
+    done = edge_client("classify", PHOTOS / "motorcycle_left.png", *shown, "--server", server.grpc)
+    assert done.returncode == 0, done.stderr
+    label, receipt = done.stdout.strip().splitlines()
+    assert label == "motorcycle"
+    assert re.match(r"[\d,]+ B sent", receipt)
+
+
+def test_a_second_question_about_a_photo_costs_no_vision(server: Server, encoder: Encoder, cat: Path) -> None:
+    bitstream = encoder.encode(cat, quality=2)
+    with Client(server.grpc) as client:
+        first = client.ask(bitstream, "describe this")
+        second = client.ask(bitstream, "what is this?", choices=["a cat", "a dog"])
+        again = client.ask(bitstream, "describe this")
+    assert again.text == first.text
+    for cached in (second, again):
+        assert cached.answer.timings.decode < first.answer.timings.decode / 5
+        assert cached.answer.timings.vision < first.answer.timings.vision / 5
+
+
 def test_a_better_quality_costs_more_and_all_stay_under_half_a_bit_per_pixel(encoder: Encoder) -> None:
     bpps = {quality: [] for quality in (1, 2, 3, 4)}
     for name in ("chelsea.png", "coffee.png", "astronaut.png", "rocket.jpg"):

@@ -58,6 +58,7 @@ class ScriptedEngine:
 
     async def stream(self, conversation: Conversation) -> AsyncGenerator[str | Answer, None]:
         self.asked.append(conversation)
+        backend, task = self.server_profile().backend_for(conversation.backend, conversation.task, conversation.choices)
         self.ended.clear()
         try:
             for number, piece in enumerate(self.pieces):
@@ -69,12 +70,12 @@ class ScriptedEngine:
                 text="".join(self.pieces),
                 finish="stop",
                 tokens=len(self.pieces),
-                backend=conversation.backend or "llama-adapter",
+                backend=backend,
                 profile="small",
                 timings=Timings(queue=1, decode=2, vision=3, generation=4),
                 digests={"codec": "c0dec", "llm": "11a"},
-                task=conversation.task or "text",
-                choice=1 if conversation.task == "choice" else None,
+                task=task,
+                choice=1 if task == "choice" else None,
                 box=self.box,
             )
         finally:
