@@ -314,7 +314,7 @@ def test_a_small_connector_is_what_was_trained(home: Path, monkeypatch: pytest.M
     metadata = {"config": json.dumps(trained.connector.config)}
     save_tensors(home / "connector", trained.connector.state_dict(), "float32", metadata)
     llm = tiny_llm()
-    monkeypatch.setattr(shikra.LanguageModel, "load", lambda folder, device: llm)
+    monkeypatch.setattr(shikra.LanguageModel, "load", lambda folder, device, dtype: llm)
     backend = load(BackendSpec("shikra", "llm", connector="connector", prompt="chatml"))
     question = Question((photo(), "where is the dog?"), "box")
     generation = Generation(max_tokens=12)
