@@ -5,7 +5,6 @@ CLIP tokens (B, 1 + g^2, D) -> without CLS -> CAbstractor -> (B, Q, llm width), 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from timm.models.regnet import RegStage
 from torch import Tensor, nn
 
 from cloud_server.backends import Backend, Found, Piece, Question
+from cloud_server.backends.connector import load_connector
 from cloud_server.backends.language_model import LanguageModel
 from cloud_server.backends.low_rank import LowRank
 from cloud_server.backends.tokenizer import Tokenizer
@@ -26,7 +26,6 @@ from cloud_server.vision.clip import VisionNeeds
 from shared.conversation import Conversation, Generation
 from shared.errors import BadInput, WeightsUnavailable
 from shared.profiles import BackendSpec, Profile
-from shared.weights.digest import load_tensors, read_metadata
 from shared.weights.folders import TensorFolder, differences, listed
 from shared.weights.store import digest_of, ensure
 
@@ -190,9 +189,7 @@ class Honeybee(Backend):
         folder = ensure(spec.llm)
         if spec.connector:
             llm = LanguageModel.load(folder, device, spec.dtype)
-            path = ensure(spec.connector)
-            connector = Connector(llm.model, **json.loads(read_metadata(path)["config"]))
-            connector.load_state_dict({name: value.float() for name, value in load_tensors(path).items()})
+            connector = load_connector(spec.connector, partial(Connector, llm.model))
         else:
             llm = LanguageModel.load(folder, device, spec.dtype, "language_model.")
             connector = Connector.published(llm.model, TensorFolder(folder))

@@ -6,7 +6,6 @@ layer i of the last L: adapter_i = query_i + visual tokens -> its own keys and v
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,13 +14,13 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from cloud_server.backends import Backend, Piece, Question
+from cloud_server.backends.connector import load_connector
 from cloud_server.backends.gated_attention import LayerAdapter, project_adapter
 from cloud_server.backends.language_model import LanguageModel
 from cloud_server.backends.prompts import prompt_format
 from cloud_server.vision.clip import VisionNeeds
 from shared.conversation import Generation
 from shared.profiles import BackendSpec, Profile
-from shared.weights.digest import load_tensors, read_metadata
 from shared.weights.store import digest_of, ensure
 
 
@@ -108,9 +107,7 @@ class LlamaAdapter(Backend):
 
     @classmethod
     def load(cls, spec: BackendSpec, profile: Profile, device: torch.device) -> LlamaAdapter:
-        path = ensure(spec.connector)
-        connector = Connector(**json.loads(read_metadata(path)["config"]))
-        connector.load_state_dict({name: value.float() for name, value in load_tensors(path).items()})
+        connector = load_connector(spec.connector, Connector)
         llm = LanguageModel.load(ensure(spec.llm), device, spec.dtype)
         return cls(
             connector.eval().requires_grad_(False).to(device, llm.model.dtype),

@@ -7,11 +7,11 @@ CLIP tokens (B, 1 + g^2, D), of the last block but one -> Connector -> (B, 2 + Q
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cloud_server.backends import Backend, Found, Piece, Question
+from cloud_server.backends.connector import load_connector
 from cloud_server.backends.language_model import LanguageModel
 from cloud_server.backends.low_rank import LowRank
 from cloud_server.backends.prompts import Format, prompt_format
@@ -29,7 +30,6 @@ from shared.conversation import Box, Conversation, Generation, Task
 from shared.errors import BadInput, WeightsUnavailable
 from shared.images import Placement, Preparation
 from shared.profiles import BackendSpec, Profile
-from shared.weights.digest import load_tensors, read_metadata
 from shared.weights.folders import TensorFolder
 from shared.weights.store import digest_of, ensure
 
@@ -168,9 +168,7 @@ class Shikra(Backend):
         llm = LanguageModel.load(folder, device, spec.dtype)
         digests = {"llm": digest_of(spec.llm)}
         if spec.connector:
-            path = ensure(spec.connector)
-            connector = Connector(llm.model, **json.loads(read_metadata(path)["config"]))
-            connector.load_state_dict({name: value.float() for name, value in load_tensors(path).items()})
+            connector = load_connector(spec.connector, partial(Connector, llm.model))
             digests["connector"] = digest_of(spec.connector)
         else:
             connector = Connector.published(llm, folder)

@@ -16,6 +16,7 @@ from tiny_llm import ByteTokenizer, tiny_llm
 from torch import Tensor
 
 from cloud_server.backends import Found, Question, shikra
+from cloud_server.backends import connector as artefacts
 from cloud_server.backends.prompts import prompt_format
 from cloud_server.backends.shikra import (
     AFTER,
@@ -265,7 +266,8 @@ def test_a_box_is_right_where_it_overlaps_by_more_than_half() -> None:
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where each artefact lies under its name."""
-    monkeypatch.setattr(shikra, "ensure", lambda name: tmp_path / name)
+    for module in (shikra, artefacts):
+        monkeypatch.setattr(module, "ensure", lambda name: tmp_path / name)
     monkeypatch.setattr(shikra, "digest_of", lambda name: f"digest of {name}")
     return tmp_path
 
